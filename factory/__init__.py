@@ -1,0 +1,1 @@
+"""factory: anime video to a captioned line-art dataset in Lance tables."""

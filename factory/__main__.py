@@ -1,0 +1,95 @@
+"""python -m factory <verb>: anime video to a captioned line-art dataset."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+
+DONE, UNFINISHED, USAGE, SOURCES_FAILED = 0, 1, 2, 3
+
+_EPILOG = """\
+examples:
+  python -m factory build films/ --root /data/anime
+  python -m factory build 'films/*.mkv' --root /data/anime --preset paper --set 'split.holdout=["ep12.mkv"]'
+  python -m factory select --root /data/anime --set selection.min_sharpness=80
+  python -m factory status --root /data/anime
+  ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime
+
+exit codes: 0 done; 1 not finished, run it again; 2 wrong usage; 3 finished, but some sources failed.
+Whatever was committed is kept: after a crash, run the same command again."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m factory", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    helps = {
+        "build": "run all stages over films: decode, select, sketch, caption",
+        "select": "decide again which candidates are kept, from their stored scores",
+        "sketch": "draw the sketches that are missing or of another configuration",
+        "caption": "write the captions that are missing or of another rule",
+        "status": "print the funnel",
+    }
+    for verb, text in helps.items():
+        sub = verbs.add_parser(verb, help=text, description=text, epilog=_EPILOG, formatter_class=parser.formatter_class)
+        if verb == "build":
+            sub.add_argument("sources", nargs="+", metavar="SOURCES", help="video files, folders, or globs in quotes")
+            sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
+        sub.add_argument("--root", required=True, help="folder of the dataset's tables; made if absent")
+        if verb == "status":
+            sub.add_argument("--json", action="store_true", help="print the counts as JSON")
+            continue
+        sub.add_argument("--preset", default="micro", choices=("micro", "paper"), help="default: micro")
+        sub.add_argument("--config", metavar="FILE", help="YAML laid over the preset")
+        sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="one setting; may be repeated")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; return the exit code."""
+    args = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    try:
+        return _run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"factory: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _run(args: argparse.Namespace) -> int:
+    from factory import status, video
+    from factory.settings import absolute, load
+    from factory.store import Store
+
+    store = Store(absolute(args.root, "--root"))
+    if args.verb == "status":
+        counts = status.funnel(store)
+        print(json.dumps(counts) if args.json else status.describe(counts))
+        return DONE
+
+    from factory import pipeline
+    from factory.config import PRESETS
+    from factory.session import ray_session
+
+    config = load(PRESETS[args.preset](), args.config, args.set)
+    if args.verb == "build":
+        paths = video.find_sources([absolute(source, "SOURCES") for source in args.sources])
+        with ray_session():
+            pipeline.build(store, paths, config)
+    else:
+        store.table("samples")  # an absent dataset is an error, not a new one
+        with ray_session(), store.lock():
+            getattr(pipeline, args.verb)(store, config)
+    counts = status.funnel(store)
+    print(status.describe(counts), flush=True)
+    if status.unfinished(counts):
+        return UNFINISHED
+    failed = args.verb == "build" and counts["failed_sources"] and not args.allow_failures
+    return SOURCES_FAILED if failed else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Captions: what a frame shows in words, and the keywords of its style."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from factory.settings import STRICT
+
+RULE = "rule:colours-1"  # recorded as caption_by; raised when the same frame would be named otherwise
+
+# Names and their sRGB centres; a pixel takes the nearest in CIE Lab.
+_COLOURS = {
+    "black": (16, 16, 20),
+    "grey": (128, 128, 128),
+    "white": (244, 244, 240),
+    "red": (200, 40, 40),
+    "orange": (240, 140, 50),
+    "yellow": (245, 220, 90),
+    "green": (70, 150, 70),
+    "teal": (60, 160, 160),
+    "blue": (60, 100, 200),
+    "light blue": (150, 205, 240),
+    "navy": (28, 32, 80),
+    "purple": (130, 80, 170),
+    "pink": (245, 160, 190),
+    "brown": (115, 75, 45),
+    "skin": (250, 220, 196),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """How a frame is described."""
+
+    __pydantic_config__ = STRICT
+
+    # Appended to the caption wherever a sample's text is used: "{caption}, {keywords}".
+    keywords: tuple[str, ...] = ("anime sketch", "line art")
+
+
+def text(caption: str, keywords: list[str] | tuple[str, ...]) -> str:
+    """Return the text of a sample, `"{caption}, {keywords}"`, the same in training, evaluation and serving."""
+    return ", ".join([caption, *keywords])
+
+
+def colour_caption(image: np.ndarray) -> str:
+    """Return a sentence of what is measured in the RGB uint8 image H,W,3: light, and the colours that cover most of it.
+
+    A plain rule, not a model: it says nothing about who or what is to be seen.
+    """
+    small = cv2.resize(image, (64, 36), interpolation=cv2.INTER_AREA)
+    lightness = float(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).mean()) / 255
+    light = "dark" if lightness < 0.3 else "bright" if lightness > 0.65 else "evenly lit"
+    names = _dominant(small)
+    tones = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    place = _dominant(small[:12])[0]
+    return f"{'an' if light[0] == 'e' else 'a'} {light} drawing in {tones}, {place} at the top"
+
+
+def _dominant(image: np.ndarray) -> list[str]:
+    """Return up to three colour names that each cover at least an eighth of the image, the widest first; at least one."""
+    centres = np.array(list(_COLOURS.values()), np.float32)[None] / 255
+    palette = cv2.cvtColor(centres, cv2.COLOR_RGB2LAB)[0]
+    pixels = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB).reshape(-1, 1, 3)
+    nearest = np.linalg.norm(pixels - palette, axis=2).argmin(axis=1)
+    counts = np.bincount(nearest, minlength=len(_COLOURS))
+    names = list(_COLOURS)
+    order = np.argsort(-counts, kind="stable")[:3]
+    return [names[i] for i in order if i == order[0] or counts[i] >= len(nearest) / 8]

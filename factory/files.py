@@ -1,0 +1,89 @@
+"""Files put in place whole: written aside, flushed, renamed; folders sealed by SHA256SUMS."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+SUMS = "SHA256SUMS"
+
+
+class DamagedFolder(ValueError):
+    """A sealed folder whose files do not match its SHA256SUMS."""
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with open(aside, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a folder aside to fill; on success it is sealed with SHA256SUMS and replaces `path` by rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        seal(aside)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            os.replace(path, old)
+            os.replace(aside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(folder: str | Path) -> None:
+    """Write `folder`/SHA256SUMS over every file below it, in the format of `sha256sum`."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
+    for file in files:
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    write_atomic(folder / SUMS, "".join(f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
+
+
+def check_sealed(folder: str | Path) -> None:
+    """Raise DamagedFolder unless `folder` has a SHA256SUMS and every file named there matches it."""
+    folder = Path(folder)
+    if not (folder / SUMS).is_file():
+        raise DamagedFolder(f"{folder} has no {SUMS}: it was not written to its end. Use another checkpoint.")
+    for line in (folder / SUMS).read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        if not (folder / name).is_file():
+            raise DamagedFolder(f"{folder / name} is missing, but {SUMS} lists it.")
+        if sha256_file(folder / name) != digest:
+            raise DamagedFolder(f"{folder / name} does not match its sha256 in {SUMS}: the file was changed or damaged.")
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the sha256 of a file's bytes as 64 hex digits, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

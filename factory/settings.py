@@ -1,0 +1,81 @@
+"""Settings: a preset, then a YAML file, then `--set a.b=c`, checked into a frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(extra="forbid")  # set as __pydantic_config__ on every settings dataclass
+
+T = TypeVar("T")
+
+
+def load(preset: T, file: str | None = None, overrides: Iterable[str] = ()) -> T:
+    """Return `preset` with the YAML `file` and then the `a.b=c` overrides laid over it.
+
+    Values are YAML (`--set split.holdout='[a.mp4]'`). Raises ValueError naming the key and the nearest known one when a
+    key is unknown or a value has the wrong type; FileNotFoundError when `file` is absent.
+    """
+    values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
+    cls = type(preset)
+    if file is not None:
+        text = Path(file).read_text()
+        layer = _yaml(text, f"config file {file}")
+        if not isinstance(layer, Mapping):
+            raise ValueError(f"Config file {file} must hold a mapping of settings, found {type(layer).__name__}.")
+        _merge(values, layer, cls, "")
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            raise ValueError(f"--set takes key=value, such as selection.min_sharpness=80; got {item!r}.")
+        layer = _yaml(text, f"--set {item}")
+        for part in reversed(key.split(".")):
+            layer = {part: layer}
+        _merge(values, layer, cls, "")
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+        raise ValueError(f"Setting {where}: {first['msg']} (got {first['input']!r}).") from None
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from None
+
+
+def _merge(values: dict[str, Any], layer: Mapping[Any, Any], cls: type, prefix: str) -> None:
+    """Lay `layer` over `values` in place, refusing keys that the dataclass `cls` does not have."""
+    hints = typing.get_type_hints(cls)
+    for key, value in layer.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known here: {', '.join(sorted(hints))}."
+            raise ValueError(f"Unknown setting {prefix}{key}.{hint}")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _merge(values[key], value, hints[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            values[key] = value
+
+
+def absolute(path: str, option: str) -> str:
+    """Return `path` as an absolute path; in a Ray job refuse a relative one, since jobs run in a throw-away folder."""
+    if "://" in path or os.path.isabs(path):
+        return path
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ValueError(
+            f"{option} {path!r} is relative, but a Ray job runs in a throw-away upload folder. Give the absolute path: "
+            f'{option} "$PWD/{path}" in the shell that submits the job.'
+        )
+    return os.path.abspath(path)

@@ -1,0 +1,34 @@
+"""Splits: a whole source is for training or held out, never a frame of it."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from factory.settings import STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Which sources are held out for validation."""
+
+    __pydantic_config__ = STRICT
+
+    # Names of files or of their folders that are held out; globs such as "*-ep12.mkv" work.
+    holdout: tuple[str, ...] = ()
+    # Share of the other sources that is held out, chosen by their hash: it stays the same when sources are added.
+    validation_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"split.validation_share must lie in [0, 1), got {self.validation_share}.")
+
+
+def split_of(source_id: str, uri: str, config: SplitConfig) -> str:
+    """Return "validation" for a source that is held out, else "train"."""
+    path = PurePath(uri)
+    for pattern in config.holdout:
+        if any(fnmatch.fnmatchcase(name, pattern) for name in (path.name, path.parent.name, uri)):
+            return "validation"
+    return "validation" if int(source_id[:8], 16) / 2**32 < config.validation_share else "train"
