@@ -75,6 +75,13 @@ def phash(grey: np.ndarray) -> int:
     return int(np.packbits(bits).view(">i8")[0])
 
 
+def pattern(grey: np.ndarray) -> np.ndarray:
+    """Return 16x16 float32 of mean 0 and length 1: the uint8 image H,W without its brightness and contrast."""
+    cells = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
+    cells -= cells.mean()
+    return cells / max(float(np.linalg.norm(cells)), 1e-6)
+
+
 def layout(image: np.ndarray) -> list[float]:
     """Return the colour layout of the RGB uint8 image: 8x8 mean colours as a unit vector of 192 numbers."""
     cells = cv2.resize(image, (8, 8), interpolation=cv2.INTER_AREA).astype(np.float64).ravel() + 1.0
@@ -103,18 +110,12 @@ def select(candidates: list[dict[str, Any]], config: SelectionConfig) -> dict[st
             same = near[similarity >= config.duplicate_similarity]
             if len(same):
                 best = int(similarity.argmax())
-                decision = _dropped("duplicate", float(similarity[best]), config.duplicate_similarity, kept[near[best]])
+                decision = _decided("dropped", "duplicate", float(similarity[best]), config.duplicate_similarity, kept[near[best]])
             else:
                 hashes[count] = np.int64(row["phash"]).view(np.uint64)
                 layouts[count] = row["embedding"]
                 kept.append(row["frame_id"])
-                decision = {
-                    "status": "kept",
-                    "reason": None,
-                    "score": row["sharpness"],
-                    "threshold": config.min_sharpness,
-                    "duplicate_of": None,
-                }
+                decision = _decided("kept", None, row["sharpness"], config.min_sharpness)
         decisions[row["frame_id"]] = decision
     return decisions
 
@@ -122,23 +123,25 @@ def select(candidates: list[dict[str, Any]], config: SelectionConfig) -> dict[st
 def _below_threshold(row: dict[str, Any], config: SelectionConfig) -> dict[str, Any] | None:
     short = min(row["width"], row["height"])
     if short < config.min_short_side:
-        return _dropped("too_small", short, config.min_short_side)
+        return _decided("dropped", "too_small", short, config.min_short_side)
     if row["brightness"] < config.min_brightness:
-        return _dropped("too_dark", row["brightness"], config.min_brightness)
+        return _decided("dropped", "too_dark", row["brightness"], config.min_brightness)
     if row["brightness"] > config.max_brightness:
-        return _dropped("too_bright", row["brightness"], config.max_brightness)
+        return _decided("dropped", "too_bright", row["brightness"], config.max_brightness)
     if row["contrast"] < config.min_contrast:
-        return _dropped("flat", row["contrast"], config.min_contrast)
+        return _decided("dropped", "flat", row["contrast"], config.min_contrast)
     if row["sharpness"] < config.min_sharpness:
-        return _dropped("blurred", row["sharpness"], config.min_sharpness)
+        return _decided("dropped", "blurred", row["sharpness"], config.min_sharpness)
     return None
 
 
-def _dropped(reason: str, score: float, threshold: float, duplicate_of: str | None = None) -> dict[str, Any]:
+def _decided(
+    status: str, reason: str | None, score: float, threshold: float, duplicate_of: str | None = None
+) -> dict[str, Any]:
     return {
-        "status": "dropped",
+        "status": status,
         "reason": reason,
-        "score": float(score),
-        "threshold": float(threshold),
+        "score": float(np.float32(score)),  # as the table stores it, so that an equal decision compares equal
+        "threshold": float(np.float32(threshold)),
         "duplicate_of": duplicate_of,
     }

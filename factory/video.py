@@ -43,6 +43,8 @@ class VideoConfig:
     adaptive_threshold: float = 3.0
     # ... and its least change, in mean HSV levels (0 to 255).
     min_content_val: float = 15.0
+    # A cut is none when the frames on both sides correlate this much (-1 to 1): a fade or a flash of one picture.
+    same_picture: float = 0.9
     # Frames with a mean luma below this (0 to 1) are black: they end a shot and are never chosen.
     black_level: float = 0.03
     # JPEG quality of the stored frame, 4:4:4 chroma.
@@ -171,6 +173,7 @@ class _Frame:
     image: np.ndarray  # H,W,3 uint8 RGB
     sharpness: float
     luma: float  # 0..1
+    pattern: np.ndarray  # 16x16 luma, mean 0 and length 1: what stays the same in a fade
 
 
 @dataclass
@@ -208,14 +211,21 @@ def _shots(frames: Iterator[tuple[int, float, float, np.ndarray]], config: Video
     recent: deque[_Frame] = deque()
     cuts: set[int] = set()
     shot: _Shot | None = None
+    before: _Frame | None = None
+
+    def is_cut(frame: _Frame) -> bool:
+        if frame.index not in cuts or before is None:
+            return False
+        return float((frame.pattern * before.pattern).sum()) < config.same_picture
 
     def closed(frame: _Frame | None) -> Iterator[_Shot]:
         """Fold the oldest undecided frame into the running shot; yield the shot that it ends."""
-        nonlocal shot
+        nonlocal shot, before
         black = frame is None or frame.luma < config.black_level
-        if shot is not None and (frame is None or black or frame.index in cuts):
+        if shot is not None and (frame is None or black or is_cut(frame)):
             yield shot
             shot = None
+        before = frame
         if frame is None or black:
             return
         if shot is None:
@@ -236,7 +246,9 @@ def _shots(frames: Iterator[tuple[int, float, float, np.ndarray]], config: Video
         grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
         bgr = cv2.cvtColor(cv2.resize(small, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
         cuts.update(cut.frame_num for cut in detector.process_frame(FrameTimecode(index, fps), bgr))
-        recent.append(_Frame(index, timestamp, image, quality.sharpness(grey), float(grey.mean()) / 255))
+        recent.append(
+            _Frame(index, timestamp, image, quality.sharpness(grey), float(grey.mean()) / 255, quality.pattern(grey))
+        )
         if len(recent) > detector.event_buffer_length + 1:
             yield from closed(recent.popleft())
     while recent:

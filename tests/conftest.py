@@ -1,0 +1,73 @@
+"""What tests share: one Ray for the session, two drawn films, a dataset built from them, a random-weight base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)  # more than cores slows torch two to ten times
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[str]:
+    """The address of the session's one Ray, with four logical CPUs; it ends with the session."""
+    import ray
+
+    context = ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level="WARNING",
+        runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}},
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two drawn films of 6 shots at 480x270, with their truth beside them."""
+    from factory.toon import plan_clip, write_clip
+
+    folder = tmp_path_factory.mktemp("films") / "series"
+    folder.mkdir()
+    write_clip(folder / "toon-00.mp4", plan_clip(40, shots=6, size=(480, 270)))
+    write_clip(folder / "toon-01.mp4", plan_clip(41, shots=6, size=(480, 270)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_dataset(ray_session: str, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset root that the whole factory built from `films`; toon-01.mp4 is held out. Read only."""
+    from factory import pipeline, settings, video
+    from factory.config import micro
+    from factory.store import Store
+
+    root = tmp_path_factory.mktemp("dataset") / "root"
+    config = settings.load(micro(), None, ["split.holdout=[toon-01.mp4]", "split.validation_share=0"])
+    pipeline.build(Store(str(root)), video.find_sources([str(films)]), config)
+    return root
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random-weight base with Stable Diffusion v1.5's structure."""
+    from trainer.backbone import make_twin
+
+    folder = tmp_path_factory.mktemp("base") / "twin"
+    make_twin(folder, seed=0)
+    return folder

@@ -1,0 +1,249 @@
+"""The whole factory on Ray: films to tables, twice, killed in between, with bad files, and decided again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lance
+import pytest
+
+from factory import pipeline, schema, settings, status, video
+from factory.__main__ import SOURCES_FAILED, USAGE, main
+from factory.config import FactoryConfig, micro
+from factory.store import Store
+
+REPO = Path(__file__).parent.parent
+OVERRIDES = ["split.holdout=[toon-01.mp4]", "split.validation_share=0"]
+
+
+def _config(*more: str) -> FactoryConfig:
+    return settings.load(micro(), None, [*OVERRIDES, *more])
+
+
+def contents(root: Path) -> dict[str, list[tuple]]:
+    """All rows of a dataset with the sha256 of their pictures, in the order of their keys."""
+    store = Store(str(root))
+    found = {}
+    for name, key in schema.KEYS.items():
+        columns = [f.name for f in schema.TABLES[name] if not schema.is_blob(f)]
+        table = store.table(name).to_table(columns=columns, with_row_address=True)
+        addresses = table["_rowaddr"].to_pylist()
+        rows = table.drop_columns(["_rowaddr"]).to_pylist()
+        for blob in schema.BLOBS[name] if addresses else ():
+            for row, data in zip(rows, store.read_pictures(name, blob, addresses), strict=True):
+                row[blob] = hashlib.sha256(data).hexdigest() if data else None
+        found[name] = sorted(((row[key], json.dumps(row, sort_keys=True, default=str)) for row in rows))
+    return found
+
+
+def test_every_row_is_complete_and_traceable(small_dataset: Path, films: Path) -> None:
+    store = Store(str(small_dataset))
+    samples = store.table("samples").to_table(with_row_address=True)
+    rows, addresses = samples.to_pylist(), samples["_rowaddr"].to_pylist()
+    truth = [json.loads(p.read_text())["shots"] for p in sorted(films.glob("*.truth.json"))]
+    assert len(rows) == sum(shot["repeats"] is None for shots in truth for shot in shots)
+    sources = {row["source_id"]: row for row in store.table("sources").to_table().to_pylist()}
+    assert {hashlib.sha256(p.read_bytes()).hexdigest() for p in films.glob("*.mp4")} == set(sources)
+    for row in rows:
+        assert row["frame_id"] == schema.frame_id(row["source_id"], row["timestamp"])
+        held_out = sources[row["source_id"]]["uri"].endswith("toon-01.mp4")
+        assert row["split"] == ("validation" if held_out else "train")
+        assert row["caption"]
+        assert row["caption_by"].startswith("rule:")
+        assert row["keywords"] == ["anime sketch", "line art"]
+        assert (row["sketch_width"], row["sketch_height"]) == (row["width"], row["height"]) == (480, 270)
+        assert all(row["stages"].values())
+        assert row["selected"]
+        assert row["review"] == "pending"
+    for blob, digest in (("image", "image_sha256"), ("sketch", "sketch_sha256")):
+        for row, data in zip(rows, store.read_pictures("samples", blob, addresses), strict=True):
+            assert data is not None
+            assert hashlib.sha256(data).hexdigest() == row[digest]
+    assert all(row["status"] == "ok" for row in sources.values())
+
+
+def test_a_repeated_shot_is_dropped_as_duplicate_of_its_first_showing(small_dataset: Path, films: Path) -> None:
+    store = Store(str(small_dataset))
+    rows = store.table("candidates").to_table(columns=["frame_id", "source_id", "frame_index", "reason", "duplicate_of"])
+    by_id = {row["frame_id"]: row for row in rows.to_pylist()}
+    for path in films.glob("*.mp4"):
+        source = hashlib.sha256(path.read_bytes()).hexdigest()
+        shots = json.loads(path.with_suffix(".truth.json").read_text())["shots"]
+
+        def shot_of(row: dict, shots: list = shots) -> int:
+            return next(i for i, s in enumerate(shots) if s["start"] <= row["frame_index"] < s["end"])
+
+        dropped = [r for r in by_id.values() if r["source_id"] == source and r["reason"] == "duplicate"]
+        pairs = {frozenset((shot_of(row), shot_of(by_id[row["duplicate_of"]]))) for row in dropped}
+        assert pairs == {frozenset((i, s["repeats"])) for i, s in enumerate(shots) if s["repeats"] is not None}
+
+
+def test_building_twice_adds_nothing(small_dataset: Path, films: Path, capsys: pytest.CaptureFixture) -> None:
+    store = Store(str(small_dataset))
+    before = contents(small_dataset)
+    versions = {name: store.table(name).version for name in schema.TABLES}
+    pipeline.build(store, video.find_sources([str(films)]), _config())
+    assert contents(small_dataset) == before
+    assert {name: store.table(name).version for name in schema.TABLES} == versions
+    assert "nothing to do" in capsys.readouterr().out
+
+
+_DRIVER = """
+    import os, signal, sys
+    import factory.store as s
+    from factory.__main__ import main
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    commit, count = s.Committer._commit, 0
+
+    def dies_before(self, operation, units):
+        global count
+        if self._name == sys.argv[1] and units:
+            die()
+        return commit(self, operation, units)
+
+    s.Committer._commit = dies_before
+    main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("table", ["candidates", "samples"])
+def test_killed_between_write_and_commit_then_run_again_equals_the_undisturbed_run(
+    table: str, ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    sets = [part for override in OVERRIDES for part in ("--set", override)]
+    arguments = ["build", str(films), "--root", str(root), *sets]
+    driver = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_DRIVER), table, *arguments],
+        cwd=REPO,
+        env={**os.environ, "RAY_ADDRESS": ray_session},
+        timeout=180,
+    )
+    assert driver.returncode == -signal.SIGKILL
+    store = Store(str(root))
+    assert store.ledger(table)  # written
+    assert store.table(table).count_rows() == 0  # and not committed
+    pipeline.build(store, video.find_sources([str(films)]), _config())
+    assert contents(root) == contents(small_dataset)
+
+
+def test_bad_files_are_rows_and_their_neighbours_are_complete(
+    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sources = tmp_path / "series"
+    shutil.copytree(films, sources)
+    whole = (films / "toon-00.mp4").read_bytes()
+    (sources / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (sources / "text.mp4").write_text("this is no film")
+    root = tmp_path / "root"
+    sets = [part for override in OVERRIDES for part in ("--set", override)]
+    arguments = ["build", str(sources), "--root", str(root), *sets]
+    assert main(arguments) == SOURCES_FAILED
+    assert main([*arguments, "--allow-failures"]) == 0
+    rows = Store(str(root)).table("sources").to_table(columns=["uri", "status", "error"]).to_pylist()
+    found = {Path(row["uri"]).name: row for row in rows}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "toon-00.mp4": "ok",
+        "toon-01.mp4": "ok",
+        "cut.mp4": "failed",
+        "text.mp4": "failed",
+    }
+    assert "Invalid data" in found["text.mp4"]["error"]
+    assert contents(root)["samples"] == contents(small_dataset)["samples"]
+    assert "cut.mp4" in capsys.readouterr().out
+
+
+def test_the_same_bytes_under_two_names_are_one_source(ray_session: str, films: Path, tmp_path: Path) -> None:
+    shutil.copy(films / "toon-00.mp4", tmp_path / "b.mp4")
+    shutil.copy(films / "toon-00.mp4", tmp_path / "a.mp4")
+    store = Store(str(tmp_path / "root"))
+    pipeline.build(store, video.find_sources([str(tmp_path)]), _config())
+    (uri,) = store.table("sources").to_table(columns=["uri"])["uri"].to_pylist()
+    assert uri.endswith("a.mp4")
+    assert status.funnel(store)["kept"] == status.funnel(store)["samples"] == 5
+
+
+def test_selection_sketches_and_captions_change_columns_only(ray_session: str, small_dataset: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(small_dataset, root)
+    store = Store(str(root))
+    before = {row["frame_id"]: row for row in _rows(store)}
+    sharpest = max(row["sharpness"] for row in before.values())
+
+    pipeline.select(store, _config(f"selection.min_sharpness={sharpest - 1}"))
+    assert [row["selected"] for row in _rows(store)].count(True) == 1
+    assert status.funnel(store)["dropped"]["blurred"] >= len(before) - 1
+    pipeline.select(store, _config())
+    assert {row["frame_id"]: row["selected"] for row in _rows(store)} == dict.fromkeys(before, True)
+
+    pipeline.sketch(store, _config("sketch.size=240"))
+    pipeline.caption(store, _config("caption.keywords=[ink]"))
+    for row in _rows(store):
+        old = before[row["frame_id"]]
+        assert (row["sketch_width"], row["sketch_height"]) == (240, 135)
+        assert row["sketch_sha256"] != old["sketch_sha256"]
+        assert row["keywords"] == ["ink"]
+        changed = {stage for stage, value in row["stages"].items() if value != old["stages"][stage]}
+        assert changed == {"sketch", "caption"}
+        assert row["image_sha256"] == old["image_sha256"]
+    table = store.table("samples")
+    addresses = table.to_table(columns=["image_sha256"], with_row_address=True).to_pylist()
+    for row, data in zip(
+        addresses, store.read_pictures("samples", "image", [r["_rowaddr"] for r in addresses]), strict=True
+    ):
+        assert hashlib.sha256(data or b"").hexdigest() == row["image_sha256"]
+
+
+def _rows(store: Store) -> list[dict]:
+    return store.table("samples").to_table().to_pylist()
+
+
+def test_other_video_settings_are_refused_on_an_old_root(
+    ray_session: str, small_dataset: Path, films: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["build", str(films), "--root", str(small_dataset), "--set", "video.jpeg_quality=80"]
+    assert main(arguments) == USAGE
+    assert "other video settings" in capsys.readouterr().err
+
+
+def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["status", "--root", str(small_dataset)]) == 0
+    text = capsys.readouterr().out
+    assert "duplicate" in text
+    assert main(["status", "--root", str(small_dataset), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["candidates"] == counts["kept"] + sum(counts["dropped"].values())
+    assert counts["samples"] == counts["sketched"] == counts["captioned"] == counts["kept"]
+    assert set(counts["splits"]) == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status", "--root", "/nonexistent/root"], "python -m factory build"),
+        (["select", "--root", "/nonexistent/root"], "python -m factory build"),
+        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "No video at"),
+        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made", "--set", "video.jpegquality=1"], "Did you mean"),
+    ],
+)
+def test_wrong_usage_says_what_to_do(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments) == USAGE
+    assert message in capsys.readouterr().err
+    assert not Path("/tmp/never-made").exists()
+
+
+def test_stock_lance_reads_the_samples(small_dataset: Path) -> None:
+    frame = lance.dataset(str(small_dataset / "samples.lance")).to_table(columns=["frame_id", "caption", "timestamp"])
+    assert frame.num_rows > 5
+    assert frame.to_pandas()["caption"].str.len().min() > 10

@@ -1,0 +1,208 @@
+"""The Lance sink, without Ray: exactly once after a kill at each point, and damage that is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lance
+import pytest
+
+from factory import schema
+from factory.store import Committer, DamagedData, DatasetBusy, Store, StoreError, check_keys
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(str(tmp_path / "root"))
+    store.create()
+    return store
+
+
+def _rows(unit: int, count: int = 3) -> list[dict]:
+    return [
+        {"frame_id": f"{unit:04d}-{i}", "source_id": "s", "segment_id": f"u{unit}", "image": b"picture" * 20_000}
+        for i in range(count)
+    ]
+
+
+def _ids(store: Store) -> list[str]:
+    return sorted(store.table("candidates").to_table(columns=["frame_id"])["frame_id"].to_pylist())
+
+
+def test_units_are_committed_a_few_at_a_time_and_once(store: Store) -> None:
+    committer = Committer(store, "candidates", every=2)
+    for unit in range(5):
+        entry = store.write_unit("candidates", f"u{unit}", _rows(unit))
+        assert store.write_unit("candidates", f"u{unit}", _rows(unit)) == entry  # a retried task writes nothing new
+        committer.add(entry)
+        committer.add(entry)  # a doubled answer changes nothing
+    committer.flush()
+    assert len(_ids(store)) == check_keys(store, "candidates") == 15
+    assert store.committed_units("candidates") == {f"u{i}" for i in range(5)}
+    assert store.ledger("candidates") == []
+    again = Committer(store, "candidates", every=2)
+    again.flush()
+    assert again.done == store.committed_units("candidates")
+    assert len(_ids(store)) == 15
+
+
+def test_a_unit_without_rows_is_done_too(store: Store) -> None:
+    committer = Committer(store, "candidates", every=1)
+    committer.add(store.write_unit("candidates", "empty", []))
+    assert store.committed_units("candidates") == {"empty"}
+    assert _ids(store) == []
+
+
+_CHILD = """
+    import os, signal, sys
+    import factory.store as s
+    from tests.test_store import _rows
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store, point = s.Store(sys.argv[1]), sys.argv[2]
+    committer = s.Committer(store, "candidates", every=2)
+    if point == "before ledger":
+        s.write_atomic = die
+    elif point == "before commit":
+        s.Committer._commit = die
+    elif point == "after commit":
+        commit = s.lance.LanceDataset.commit
+        s.lance.LanceDataset.commit = staticmethod(lambda *a, **k: (commit(*a, **k), die()))
+    elif point == "before strike":
+        s.Store._strike = die
+    for unit in range(4):
+        if f"u{unit}" not in committer.done:
+            committer.add(store.write_unit("candidates", f"u{unit}", _rows(unit)))
+    committer.flush()
+"""
+
+
+@pytest.mark.parametrize("point", ["before ledger", "before commit", "after commit", "before strike"])
+def test_killed_anywhere_then_run_again_gives_the_undisturbed_table(store: Store, point: str) -> None:
+    def run(where: str) -> int:
+        code = textwrap.dedent(_CHILD)
+        return subprocess.run([sys.executable, "-c", code, str(store.root), where], cwd=REPO, timeout=120).returncode
+
+    assert run(point) == -signal.SIGKILL
+    assert run("nowhere") == 0
+    assert _ids(store) == [f"{unit:04d}-{i}" for unit in range(4) for i in range(3)]
+    assert store.committed_units("candidates") == {f"u{i}" for i in range(4)}
+    assert store.ledger("candidates") == []
+    pictures = store.read_pictures("candidates", "image", _addresses(store))
+    assert pictures == [b"picture" * 20_000] * 12
+
+
+def _addresses(store: Store) -> list[int]:
+    return store.table("candidates").to_table(columns=["frame_id"], with_row_address=True)["_rowaddr"].to_pylist()
+
+
+def test_an_ambiguous_commit_is_looked_up_in_the_history(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = lance.LanceDataset.commit
+
+    def commits_then_fails(*args: object, **more: object) -> None:
+        commit(*args, **more)
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(commits_then_fails))
+    committer = Committer(store, "candidates", every=1)
+    committer.add(store.write_unit("candidates", "u0", _rows(0)))
+    assert len(_ids(store)) == 3
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("refused")
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(fails))
+    with pytest.raises(OSError, match="refused"):
+        committer.add(store.write_unit("candidates", "u1", _rows(1)))
+
+
+def test_a_fragment_that_is_gone_or_cut_is_not_committed(store: Store) -> None:
+    entry = store.write_unit("candidates", "u0", _rows(0))
+    file = next(Path(store.uri("candidates"), "data").glob("*.lance"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DamagedData, match="cut short"):
+        Committer(store, "candidates", every=1).add(entry)
+    assert _ids(store) == []
+
+
+def test_updates_change_columns_and_leave_pictures(store: Store) -> None:
+    committer = Committer(store, "candidates", every=1)
+    for unit in range(2):
+        committer.add(store.write_unit("candidates", f"u{unit}", _rows(unit)))
+    before = store.table("candidates").version
+    size = sum(p.stat().st_size for p in Path(store.uri("candidates")).rglob("*"))
+    committer = Committer(store, "candidates", every=3)
+    for fragment in range(2):
+        rows = [{"frame_id": f"{fragment:04d}-1", "status": "kept", "score": 2.5}]
+        committer.add(store.write_updates("candidates", fragment, rows))
+    committer.flush()
+    table = store.table("candidates")
+    assert table.version == before + 1
+    found = {row["frame_id"]: row["status"] for row in table.to_table(columns=["frame_id", "status"]).to_pylist()}
+    assert {key for key, status in found.items() if status == "kept"} == {"0000-1", "0001-1"}
+    assert store.read_pictures("candidates", "image", _addresses(store)) == [b"picture" * 20_000] * 6
+    assert sum(p.stat().st_size for p in Path(store.uri("candidates")).rglob("*")) - size < 50_000
+    old = lance.dataset(store.uri("candidates"), version=before).to_table(columns=["status"])["status"]
+    assert old.null_count == 6
+
+
+def test_there_is_one_writer_and_its_lock_dies_with_it(store: Store) -> None:
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import sys,factory.store as s\nwith s.Store({str(store.root)!r}).lock(): print('held',flush=True); sys.stdin.read()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=REPO,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"held\n"
+    with pytest.raises(DatasetBusy, match=f"process {child.pid}"), store.lock():
+        pass
+    child.kill()
+    child.communicate()
+    with store.lock():
+        pass
+
+
+def test_a_root_that_cannot_be_used_says_why(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(FileNotFoundError, match="python -m factory build"):
+        Store(str(tmp_path / "absent")).table("samples")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file"):
+        Store(str(tmp_path / "file")).create()
+    with pytest.raises(StoreError, match="local folders"):
+        Store("s3://bucket/data")
+    newer = schema.SAMPLES.with_metadata({**schema.SAMPLES.metadata, b"animesketch.format": b"99"})
+    other = tmp_path / "newer" / "samples.lance"
+    lance.write_dataset(newer.empty_table(), str(other), data_storage_version=schema.STORAGE_VERSION)
+    with pytest.raises(StoreError, match=r"animesketch\.format = 99"):
+        Store(str(other.parent)).table("samples")
+
+
+def test_keys_that_are_there_twice_are_named(store: Store) -> None:
+    committer = Committer(store, "candidates", every=1)
+    committer.add(store.write_unit("candidates", "u0", _rows(0)))
+    committer.add(store.write_unit("candidates", "other", _rows(0)))
+    with pytest.raises(DamagedData, match="3 keys more than once"):
+        check_keys(store, "candidates")
+
+
+def test_the_ledger_is_plain_json(store: Store) -> None:
+    store.write_unit("candidates", "u0", _rows(0))
+    files = os.listdir(store.root / "_ledger" / "candidates")
+    assert len(files) == 1
+    entry = json.loads((store.root / "_ledger" / "candidates" / files[0]).read_text())
+    assert (entry["unit"], entry["rows"]) == ("u0", 3)
