@@ -1,0 +1,337 @@
+"""Drawn films with known truth: shots are planned, drawn on twos and threes, encoded, and listed beside the video."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+
+from .scene import Drawing, draw
+from .traits import BACKGROUNDS, CAMERAS, EXPRESSIONS, HAIR, Figure, Pose, Scene, View, caption, random_figure
+
+# Raised when the same seed would give other pixels or bytes, so that films drawn before are drawn anew.
+CODE = "toon-1"
+ACTIONS = ("talk", "turn", "nod", "sway", "wave")
+MOVES = ("still", "still", "zoom in", "zoom out", "pan left", "pan right", "tilt")
+FADE_SECONDS = 1 / 3  # on each side of a fade through black
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One shot of a film, from its first frame `start` to the frame after its last, `end`."""
+
+    start: int
+    end: int
+    # How it follows the shot before it: "cut", or "fade" through black, half before `start` and half after.
+    transition: str
+    scene: Scene
+    caption: str
+    # Frames that each drawing is held: 2 or 3.
+    hold: int
+    # What the figures do, and what the camera does.
+    action: str
+    move: str
+    # Chooses the phases of the movement.
+    seed: int
+    # Index of the earlier shot that this one shows again, frame for frame.
+    repeats: int | None = None
+
+    @property
+    def dark(self) -> bool:
+        """Whether the scene is lit dimly."""
+        return self.scene.lighting == "dark"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditList:
+    """A film: its shots in order, covering frames 0 to `frames` exactly once, and the truth about each of them."""
+
+    seed: int
+    fps: int
+    # Width and height in pixels.
+    size: tuple[int, int] = (640, 360)
+    shots: tuple[Shot, ...] = field(default=())
+
+    @property
+    def frames(self) -> int:
+        """Number of frames of the whole film."""
+        return self.shots[-1].end if self.shots else 0
+
+    @property
+    def fade_frames(self) -> int:
+        """Frames that a fade darkens on each side of its boundary."""
+        return round(FADE_SECONDS * self.fps)
+
+    def to_json(self) -> str:
+        """The truth as JSON: film facts, and one entry per shot with its scene, caption, transition and repeat."""
+        shots = [
+            asdict(shot) | {"index": i, "scene": shot.scene.attributes(), "dark": shot.dark}
+            for i, shot in enumerate(self.shots)
+        ]
+        facts = {
+            "code": CODE,
+            "seed": self.seed,
+            "fps": self.fps,
+            "size": self.size,
+            "frames": self.frames,
+            "fade_frames": self.fade_frames,
+            "shots": shots,
+        }
+        return json.dumps(facts, indent=1) + "\n"
+
+
+def plan_clip(seed: int, *, shots: int = 12, fps: int = 24, size: tuple[int, int] = (640, 360)) -> EditList:
+    """A seed -> the plan of a film of `shots` shots, 1 to 2 s each, at `fps` frames per second.
+
+    Every film has hard cuts, one or two fades through black, one shot shown twice, and one or two dark scenes; all
+    other shots differ in who is seen, where and how near.
+    """
+    if shots < 6:
+        raise ValueError(f"A film needs at least 6 shots, not {shots}")
+    if fps < 6:
+        raise ValueError(f"A film needs at least 6 frames per second, not {fps}")
+    rng = random.Random(f"film/{seed}")
+    scenes = _scenes(rng, shots - 1)
+    again = rng.randrange(0, shots - 4)  # the shot shown twice, and where it comes back
+    back = rng.randrange(again + 2, shots)
+    order: list[tuple[int, int | None]] = [(i, None) for i in range(shots - 1)]
+    order.insert(back, (again, again))
+    free = [i for i in range(1, shots) if not {i - 1, i} & {again, back}]  # a fade would darken the repeated frames
+    fades = set(rng.sample(free, min(len(free), 1 if shots < 10 else 2)))
+
+    planned: list[Shot] = []
+    for index, (which, repeats) in enumerate(order):
+        start = planned[-1].end if planned else 0
+        if repeats is not None:
+            first = planned[repeats]
+            transition = "cut"
+            planned.append(
+                replace(first, start=start, end=start + first.end - first.start, transition=transition, repeats=repeats)
+            )
+            continue
+        near_fade = bool({index, index + 1} & fades)
+        length = rng.randint(math.ceil(fps * (1.4 if near_fade else 1.0)), 2 * fps)
+        pair = len(scenes[which].figures) == 2
+        planned.append(
+            Shot(
+                start=start,
+                end=start + length,
+                transition="fade" if index in fades else "cut",
+                scene=scenes[which],
+                caption=caption(scenes[which], rng),
+                hold=rng.choice((2, 2, 3)),
+                action=rng.choice(ACTIONS[:2] if pair else ACTIONS),
+                move=rng.choice(MOVES),
+                seed=rng.randrange(1 << 30),
+            )
+        )
+    return EditList(seed=seed, fps=fps, size=size, shots=tuple(planned))
+
+
+def _scenes(rng: random.Random, count: int) -> list[Scene]:
+    """Scenes of one film: a cast of five seen in changing places and framings, no place and framing twice."""
+    hairs = rng.sample(HAIR, 5)
+    cast = [
+        random_figure(rng, hair=hair, skin="fair" if i < 3 else rng.choice(("fair", "tan", "brown")))
+        for i, hair in enumerate(hairs)
+    ]
+    pairs = [(place, camera) for place in BACKGROUNDS for camera in CAMERAS]
+    rng.shuffle(pairs)
+    used: list[tuple[str, str]] = []
+    while len(used) < count:  # places and framings alternate; only very long films run out and begin again
+        options = [p for p in pairs if p not in used[-len(pairs) + 1 :]] or pairs
+        last = used[-1] if used else ("", "")
+        recent = {p for p, _ in used[-5:]}
+        used.append(next((p for p in options if p[1] != last[1] and p[0] not in recent), options[0]))
+    dark = set(rng.sample(range(count), 1 if count < 9 else 2))
+    double = set(rng.sample(range(count), max(1, count // 6)))
+    scenes = []
+    for i, (place, camera) in enumerate(used):
+        lead = cast[(i + i // len(cast)) % len(cast)]
+        other = cast[(i + i // len(cast) + 2) % len(cast)]
+        figures: tuple[Figure, ...] = (lead, other) if i in double else (lead,)
+        scenes.append(
+            Scene(
+                figures=tuple(replace(figure, expression=rng.choice(EXPRESSIONS)) for figure in figures),
+                background=place,
+                camera=camera,
+                lighting="dark" if i in dark else "day",
+                place=rng.choice((-1, 1)) * rng.uniform(0.1, 1.0) * (0.4 if camera == "close-up" else 1.0),
+                layout=rng.randrange(1 << 16),
+            )
+        )
+    return scenes
+
+
+def _held(shot: Shot, seconds: float, length: float) -> tuple[tuple[Pose, ...], View]:
+    """Poses and view of a shot `seconds` after its start; `length` is the whole shot's, in seconds."""
+    rng = random.Random(shot.seed)
+    poses = []
+    for i in range(len(shot.scene.figures)):
+        facing = rng.uniform(-0.7, 0.7) if len(shot.scene.figures) == 1 else (0.55 if i == 0 else -0.55)
+        phase, rate = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 0.9)
+        blink_at = rng.uniform(0.15, max(0.2, length - 0.3))
+        tilt = rng.uniform(-0.07, 0.07)
+        swing = math.sin(2 * math.pi * rate * seconds + phase)
+        blink = max(0.0, 1 - abs(seconds - blink_at - 0.1) / 0.13)
+        yaw, pitch, mouth, wave = facing, 0.0, 0.0, 0.0
+        if shot.action == "talk" and (len(poses) == 0 or len(shot.scene.figures) == 1):
+            mouth = (0.0, 0.55, 1.0, 0.3, 0.8, 0.15)[int(seconds * 9 + phase) % 6]
+        elif shot.action == "turn":
+            share = min(1.0, max(0.0, (seconds - 0.2) / max(0.4, length - 0.6)))
+            share = share * share * (3 - 2 * share)
+            yaw = facing + (-1.4 if facing > 0 else 1.4) * share * (0.5 if len(shot.scene.figures) == 2 else 1.0)
+            blink = max(blink, 1 - abs(share - 0.5) * 5)
+        elif shot.action == "nod":
+            pitch = 0.7 * math.sin(math.pi * min(1.0, seconds / 0.9)) * (1 if phase > 3 else -1)
+        elif shot.action == "wave":
+            wave = 0.75 + 0.25 * math.sin(2 * math.pi * 1.6 * seconds + phase)
+        poses.append(
+            Pose(
+                yaw=max(-1.0, min(1.0, yaw + 0.05 * swing)),
+                pitch=pitch,
+                tilt=tilt + (0.07 if shot.action == "sway" else 0.015) * swing,
+                sway=(0.9 if shot.action == "sway" else 0.4) * math.sin(2 * math.pi * rate * seconds + phase - 0.8),
+                blink=min(1.0, blink),
+                mouth=mouth,
+                bob=0.03 * swing,
+                wave=wave,
+                gaze=0.5 * max(-1.0, min(1.0, yaw)),
+            )
+        )
+    share = seconds / length
+    speed = rng.uniform(0.6, 1.0)
+    zoom, x, y = 1.0, 0.0, 0.0
+    if shot.move == "zoom in":
+        zoom = 1 + 0.14 * speed * share
+    elif shot.move == "zoom out":
+        zoom = 1.14 - 0.14 * speed * share
+    elif shot.move.startswith("pan"):
+        x = (0.5 - share) * 0.1 * speed * (1 if shot.move == "pan right" else -1)
+    elif shot.move == "tilt":
+        y = (share - 0.5) * 0.1 * speed
+    return tuple(poses), View(zoom=zoom, x=x, y=y)
+
+
+def drawings(film: EditList) -> Iterator[tuple[Drawing, int, tuple[float, ...]]]:
+    """A film -> its drawings in order, each with its first frame and the light of every frame that it is held for.
+
+    The light is 1, and falls to 0 and back towards the boundary of a fade: a frame is `image * light`.
+    """
+    fade = film.fade_frames
+    for index, shot in enumerate(film.shots):
+        length = (shot.end - shot.start) / film.fps
+        fades_out = index + 1 < len(film.shots) and film.shots[index + 1].transition == "fade"
+        for frame in range(shot.start, shot.end, shot.hold):
+            poses, view = _held(shot, (frame - shot.start) / film.fps, length)
+            light = []
+            for held in range(frame, min(frame + shot.hold, shot.end)):
+                level = 1.0
+                if shot.transition == "fade":
+                    level = min(level, (held - shot.start) / fade)
+                if fades_out:
+                    level = min(level, (shot.end - 1 - held) / fade)
+                light.append(level)
+            yield draw(shot.scene, film.size, poses, view), frame, tuple(light)
+
+
+def write_clip(path: str | Path, clip: EditList, size: tuple[int, int] | None = None) -> Path:
+    """Draw a film and write it as H.264 in MP4, with `<name>.truth.json` beside it -> path of the video.
+
+    `size` is (width, height), both even; the plan's own unless given. The same plan gives the same bytes with the same
+    library versions. Both files are written aside and renamed, the truth last: where it is, the video is whole.
+    """
+    path = Path(path)
+    clip = clip if size is None else replace(clip, size=size)
+    width, height = clip.size
+    if width % 2 or height % 2:
+        raise ValueError(f"H.264 in 4:2:0 needs an even width and height, not {width} x {height}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    truth = truth_path(path)
+    truth.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _encode(aside, clip)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    part = truth.with_name(f".{truth.name}.{os.getpid()}.part")
+    part.write_text(clip.to_json())
+    part.rename(truth)
+    return path
+
+
+def truth_path(video: str | Path) -> Path:
+    """Path of a film -> path of the truth beside it."""
+    return Path(video).with_suffix(".truth.json")
+
+
+def _encode(path: Path, clip: EditList) -> None:
+    width, height = clip.size
+    with av.open(path, "w", format="mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
+        options = {"crf": "16", "preset": "veryfast", "threads": "1", "flags": "+bitexact"}
+        stream = container.add_stream("libx264", rate=clip.fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.gop_size = 2 * clip.fps
+        stream.thread_count = 1
+        stream.codec_context.time_base = Fraction(1, clip.fps)
+        for drawing, first, lights in drawings(clip):
+            planes = None
+            for held, light in enumerate(lights):
+                if planes is None or light != lights[held - 1]:
+                    image = drawing.image if light == 1 else cv2.convertScaleAbs(drawing.image, alpha=light)
+                    planes = cv2.cvtColor(image, cv2.COLOR_RGB2YUV_I420)
+                frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+                frame.pts, frame.time_base = first + held, Fraction(1, clip.fps)
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_one(path: Path, clip: EditList) -> Path:
+    cv2.setNumThreads(1)  # the films share the cores already
+    return write_clip(path, clip)
+
+
+def write_clips(
+    directory: str | Path,
+    count: int,
+    seed: int = 0,
+    size: tuple[int, int] = (640, 360),
+    *,
+    shots: int = 12,
+    fps: int = 24,
+    workers: int | None = None,
+) -> list[Path]:
+    """Write `count` films `toon-00.mp4`, ... with seeds `seed`, `seed` + 1, ... -> their paths, in order.
+
+    Films are drawn in parallel processes (as many as cores unless `workers` is given); each prints a line. A film that
+    is there with the same plan and code is left as it is.
+    """
+    directory = Path(directory)
+    plans = {
+        directory / f"toon-{i:02d}.mp4": plan_clip(seed + i, shots=shots, fps=fps, size=size) for i in range(count)
+    }
+    todo = {path: plan for path, plan in plans.items() if not _complete(path, plan)}
+    for path in plans.keys() - todo.keys():
+        print(f"{path}: already there", flush=True)
+    if todo:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, len(todo)), mp_context=context) as pool:
+            for done in as_completed([pool.submit(_write_one, path, plan) for path, plan in todo.items()]):
+                path = done.result()
+                plan = plans[path]
+                print(f"{path}: {len(plan.shots)} shots, {plan.frames} frames, seed {plan.seed}", flush=True)
+    return list(plans)
+
+
+def _complete(path: Path, plan: EditList) -> bool:
+    truth = truth_path(path)
+    return path.is_file() and truth.is_file() and truth.read_text() == plan.to_json()

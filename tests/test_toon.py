@@ -1,0 +1,405 @@
+"""Drawn footage: exact truth about pixels, captions, shots and files."""
+
+import itertools
+import json
+import random
+import re
+from dataclasses import replace
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from factory.toon import (
+    Figure,
+    Pose,
+    Scene,
+    View,
+    caption,
+    draw,
+    drawings,
+    plan_clip,
+    random_pose,
+    random_scene,
+    write_clip,
+    write_clips,
+)
+from factory.toon.canvas import Canvas, box, poly
+from factory.toon.film import truth_path
+from factory.toon.traits import BACKGROUNDS, CAMERAS, WORDS
+
+SMALL = {"shots": 6, "fps": 12, "size": (160, 90)}
+
+
+def scenes(count: int, **fixed) -> list[Scene]:
+    rng = random.Random(5)
+    return [random_scene(rng, **fixed) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def film():
+    return plan_clip(3, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def video(film, tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("film") / "a.mp4", film)
+
+
+@pytest.fixture(scope="module")
+def drawn(film):
+    return list(drawings(film))
+
+
+def frames_of(path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def luma(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+# Drawings
+
+
+def test_same_scene_gives_same_pixels_and_another_seed_gives_others():
+    first, again, other = (random_scene(random.Random(seed)) for seed in (1, 1, 2))
+    one, two, three = (draw(scene, (160, 96)) for scene in (first, again, other))
+    assert np.array_equal(one.image, two.image)
+    assert np.array_equal(one.lines, two.lines)
+    assert not np.array_equal(one.image, three.image)
+    assert one.image.shape == (96, 160, 3)
+    assert one.lines.shape == (96, 160)
+    assert one.image.dtype == one.lines.dtype == np.uint8
+
+
+def test_lines_lie_on_dark_pixels_of_the_picture():
+    on, beside = [], []
+    for scene in scenes(16, lighting="day"):
+        drawing = draw(scene, (320, 180))
+        dark = luma(drawing.image) < 110
+        ink = drawing.lines < 64
+        assert ink.sum() > 500
+        on.append(dark[ink].mean())
+        beside.append(dark[np.roll(ink, (5, 9), (0, 1))].mean())
+    assert min(on) > 0.97
+    assert np.mean(beside) < 0.5
+
+
+def test_colour_edges_carry_a_line_at_the_same_place():
+    scene = Scene(figures=(Figure(hair="black", clothes="blazer"),), background="beach", camera="half figure")
+    drawing = draw(scene, (480, 270))
+    gray = luma(drawing.image).astype(np.float32)
+    thin_dark = cv2.morphologyEx(gray, cv2.MORPH_BLACKHAT, np.ones((7, 7), np.uint8))
+    ink = 255 - drawing.lines.astype(np.float32)
+    right = np.corrcoef(thin_dark.ravel(), ink.ravel())[0, 1]
+    moved = [
+        np.corrcoef(thin_dark.ravel(), np.roll(ink, by, (0, 1)).ravel())[0, 1] for by in ((0, 3), (3, 0), (-3, -3))
+    ]
+    assert right > 0.6
+    assert right > 2 * max(moved)
+
+
+def test_a_covering_shape_leaves_nothing_of_the_lines_under_it():
+    canvas = Canvas((100, 100))
+    canvas.gradient((0, (200, 220, 240)), (1, (200, 220, 240)))
+    canvas.place(100, 0, 0)
+    canvas.line(poly((0, 0.5), (1, 0.5)), (0, 0, 0))
+    canvas.fill(box(0.3, 0.3, 0.7, 0.7), (250, 120, 90))
+    image, lines = canvas.reduced()
+    assert lines[50, 10] < 128
+    assert lines[50, 90] < 128
+    assert (lines[35:65, 35:65] == 255).all()
+    assert (image[35:65, 35:65] == (250, 120, 90)).all()
+    assert lines[50, 28:33].min() < 128  # the box's own edge
+
+
+def test_what_a_block_draws_stays_inside_its_shape():
+    canvas = Canvas((100, 100))
+    canvas.gradient((0, (255, 255, 255)), (1, (255, 255, 255)))
+    canvas.place(100, 0, 0)
+    with canvas.shape(box(0.3, 0.3, 0.7, 0.7), (250, 120, 90)):
+        canvas.line(poly((0, 0.5), (1, 0.5)), (0, 0, 0))
+    image, lines = canvas.reduced()
+    assert lines[50, 50] < 128
+    assert (lines[:, :28] == 255).all()
+    assert (lines[:, 73:] == 255).all()
+    assert (image[:, :28] == 255).all()
+
+
+def test_a_figure_hides_the_background_lines_behind_it():
+    face = np.s_[80:140, 145:175]  # eyes to mouth of a centred bust
+    figures = (Figure(hair="pink", hair_style="bob"),)
+    lines = [
+        draw(Scene(figures=figures, background=place, layout=4), (320, 240)).lines
+        for place in ("city", "forest", "beach")
+    ]
+    for other in lines[1:]:
+        assert np.array_equal(lines[0][face], other[face])
+        assert not np.array_equal(lines[0], other)
+    assert (lines[0][face] < 128).any()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 54), (200, 300), (3840, 2160)])
+def test_every_size_shows_the_same_picture(size):
+    scene = Scene(figures=(Figure(hair="red", eyes="green"),), background="sky")
+    drawing, reference = draw(scene, size), draw(scene, (size[0] * 360 // size[1], 360))
+    assert drawing.image.shape == (size[1], size[0], 3)
+    thumb = (48, max(16, 48 * size[1] // size[0]))
+    for a, b, bound in ((drawing.image, reference.image, 6), (drawing.lines, reference.lines, 12)):
+        a, b = (cv2.resize(x, thumb, interpolation=cv2.INTER_AREA).astype(float) for x in (a, b))
+        assert np.abs(a - b).mean() < bound
+
+
+def test_every_value_of_every_attribute_changes_the_picture():
+    base = Scene(figures=(Figure(),), camera="half figure")
+    for attribute in ("hair", "hair_style", "eyes", "expression", "accessory", "clothes"):
+        pictures = {
+            draw(replace(base, figures=(replace(base.figures[0], **{attribute: value}),)), (96, 96)).image.tobytes()
+            for value in WORDS[attribute]
+        }
+        assert len(pictures) == len(WORDS[attribute]), attribute
+    for attribute in ("background", "camera", "lighting"):
+        pictures = {draw(replace(base, **{attribute: v}), (96, 96)).image.tobytes() for v in WORDS[attribute]}
+        assert len(pictures) == len(WORDS[attribute]), attribute
+
+
+def test_every_part_of_a_pose_and_a_view_moves_the_drawing():
+    scene = Scene(camera="half figure")
+    still = draw(scene, (160, 160)).image
+    moves = [Pose(**{name: 0.5}) for name in ("yaw", "pitch", "tilt", "sway", "blink", "mouth", "bob", "wave", "gaze")]
+    for pose in moves:
+        assert not np.array_equal(still, draw(scene, (160, 160), pose).image), pose
+    for view in (View(zoom=1.1), View(x=0.05), View(y=0.05)):
+        assert not np.array_equal(still, draw(scene, (160, 160), Pose(), view).image), view
+
+
+def test_dark_scenes_are_dark_and_keep_their_lines():
+    for scene in scenes(8, lighting="dark", background="forest"):
+        dark, day = draw(scene, (160, 90)), draw(replace(scene, lighting="day"), (160, 90))
+        assert luma(dark.image).mean() < 75 < luma(day.image).mean()
+        assert np.array_equal(dark.lines, day.lines)
+
+
+def test_random_scenes_and_poses_draw_in_every_framing():
+    rng = random.Random(9)
+    for i in range(24):
+        scene = random_scene(rng, background=BACKGROUNDS[i % len(BACKGROUNDS)], camera=CAMERAS[i % len(CAMERAS)])
+        drawing = draw(scene, (96, 64), [random_pose(rng) for _ in scene.figures])
+        assert 0.01 < (drawing.lines < 128).mean() < 0.5
+
+
+def test_wrong_values_are_refused_by_name():
+    with pytest.raises(ValueError, match="hair 'purple' is not known; it is one of: black"):
+        Figure(hair="purple")
+    with pytest.raises(ValueError, match="background 'moon'"):
+        Scene(background="moon")
+    with pytest.raises(ValueError, match="not 8 x 8"):
+        draw(Scene(), (8, 8))
+    with pytest.raises(ValueError, match="2 poses were given for 1 figures"):
+        draw(Scene(), (64, 64), [Pose(), Pose()])
+
+
+# Captions
+
+
+def said(text: str, words: tuple[str, ...]) -> bool:
+    return any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) for word in words)
+
+
+def test_captions_name_what_is_drawn_and_nothing_else():
+    rng = random.Random(2)
+    for seed in range(400):
+        scene = random_scene(random.Random(seed))
+        text = caption(scene, rng)
+        for attribute in ("background", "camera"):
+            true = getattr(scene, attribute)
+            named = {value for value, words in WORDS[attribute].items() if said(text, words)}
+            assert true in named, (attribute, text)
+            for word in sorted(WORDS[attribute][true], key=len, reverse=True):
+                text = text.replace(word, "")
+        assert said(text, WORDS["lighting"]["dark"]) == (scene.lighting == "dark")
+        people = text.split(" beside ")
+        assert len(people) == len(scene.figures)
+        for figure, words in zip(scene.figures, people, strict=True):
+            eyes = {value for value, options in WORDS["eyes"].items() if said(words, options)}
+            assert eyes == {figure.eyes}, text
+            for option in sorted(WORDS["eyes"][figure.eyes], key=len, reverse=True):
+                words = words.replace(option, "")
+            assert {value for value, options in WORDS["hair"].items() if said(words, options)} == {figure.hair}, text
+            for attribute in ("expression", "accessory", "clothes"):
+                named = {value for value, options in WORDS[attribute].items() if options[0] and said(words, options)}
+                hidden = attribute == "clothes" and scene.camera == "close-up"
+                value = getattr(figure, attribute)
+                assert named == (set() if hidden or value == "none" else {value}), (attribute, text)
+            styles = {
+                style
+                for style, templates in WORDS["hair_style"].items()
+                if said(
+                    words,
+                    tuple(
+                        t.format(h).replace("a azure", "an azure")
+                        for t in templates
+                        for h in WORDS["hair"][figure.hair]
+                    ),
+                )
+            }
+            assert styles == {figure.hair_style}, text
+
+
+def test_captions_vary_and_follow_their_seed():
+    scene = scenes(1)[0]
+    assert caption(scene, random.Random(4)) == caption(scene, random.Random(4))
+    assert len({caption(scene, random.Random(seed)) for seed in range(50)}) > 25
+    for words in WORDS.values():
+        flat = [word for options in words.values() for word in options]
+        assert len(flat) == len(set(flat))
+
+
+# Films
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_edit_list_covers_every_frame_once_and_has_what_it_promises(seed):
+    plan = plan_clip(seed)
+    assert plan == plan_clip(seed)
+    assert len(plan.shots) == 12
+    assert [shot.start for shot in plan.shots[1:]] == [shot.end for shot in plan.shots[:-1]]
+    assert plan.shots[0].start == 0
+    assert plan.shots[-1].end == plan.frames
+    assert all(plan.fps <= shot.end - shot.start <= 2 * plan.fps for shot in plan.shots)
+    transitions = [shot.transition for shot in plan.shots]
+    assert transitions.count("cut") >= 9
+    assert transitions.count("fade") >= 1
+    assert transitions[0] == "cut"
+    assert any(shot.dark for shot in plan.shots)
+    repeats = [(i, shot.repeats) for i, shot in enumerate(plan.shots) if shot.repeats is not None]
+    assert len(repeats) == 1
+    back, again = repeats[0]
+    assert again < back - 1
+    for near in (again, back):  # no fade touches the repeated frames
+        assert "fade" not in transitions[near : near + 2]
+    assert len({(shot.scene.background, shot.scene.camera) for shot in plan.shots}) == 11
+
+
+def test_another_seed_is_another_film():
+    one, two = plan_clip(0), plan_clip(1)
+    assert not {shot.scene for shot in one.shots} & {shot.scene for shot in two.shots}
+
+
+def test_drawings_are_held_on_twos_and_threes(film, drawn):
+    at = 0
+    for drawing, first, lights in drawn:
+        shot = next(shot for shot in film.shots if shot.start <= first < shot.end)
+        assert first == at
+        assert (first - shot.start) % shot.hold == 0
+        assert len(lights) == min(shot.hold, shot.end - first)
+        assert drawing.image.shape == (90, 160, 3)
+        at += len(lights)
+    assert at == film.frames
+    assert {shot.hold for seed in range(5) for shot in plan_clip(seed).shots} == {2, 3}
+
+
+def test_a_repeated_shot_is_equal_frame_for_frame_and_a_fade_reaches_black(film, drawn):
+    shown, light = {}, {}
+    for drawing, first, lights in drawn:
+        for held, level in enumerate(lights):
+            shown[first + held], light[first + held] = drawing, level
+    repeat = next(shot for shot in film.shots if shot.repeats is not None)
+    original = film.shots[repeat.repeats]
+    assert repeat.end - repeat.start == original.end - original.start
+    for a, b in zip(range(original.start, original.end), range(repeat.start, repeat.end), strict=True):
+        assert np.array_equal(shown[a].image, shown[b].image)
+        assert light[a] == light[b] == 1
+    assert not np.array_equal(shown[original.start].image, shown[original.end - 1].image)  # it moves
+    fades = [shot.start for shot in film.shots if shot.transition == "fade"]
+    for boundary in fades:
+        assert light[boundary] == light[boundary - 1] == 0
+        assert 0 < light[boundary + 1] < light[boundary + 2]
+        assert 0 < light[boundary - 2] < light[boundary - 3]
+    dimmed = {frame for frame, level in light.items() if level < 1}
+    assert dimmed <= {b + i for b in fades for i in range(-film.fade_frames, film.fade_frames)}
+
+
+def test_video_holds_the_planned_frames_and_its_cuts(film, drawn, video):
+    frames = frames_of(video)
+    assert len(frames) == film.frames
+    assert frames[0].shape == (90, 160, 3)
+    step = [0.0] + [np.abs(b.astype(int) - a).mean() for a, b in itertools.pairwise(frames)]
+    cuts = {shot.start for shot in film.shots[1:] if shot.transition == "cut"}
+    inner = [s for i, s in enumerate(step) if i and i not in {shot.start for shot in film.shots}]
+    assert min(step[cut] for cut in cuts) > 20 > np.percentile(inner, 95)
+    for shot in film.shots:
+        if shot.transition == "fade":
+            assert frames[shot.start].mean() < 4
+    shown = {first + held: d.image for d, first, lights in drawn for held, level in enumerate(lights) if level == 1}
+    error = [np.abs(frames[i].astype(int) - image).mean() for i, image in shown.items()]
+    assert max(error) < 12  # chroma is halved and coded: near, not equal
+
+
+def test_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path):
+    one, again, other = (
+        write_clip(tmp_path / f"{i}.mp4", plan_clip(s, shots=6, fps=6, size=(64, 64))) for i, s in enumerate((3, 3, 4))
+    )
+    assert again.read_bytes() == one.read_bytes()
+    assert other.read_bytes() != one.read_bytes()
+    assert truth_path(again).read_bytes() == truth_path(one).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"{i}.{end}" for i in range(3) for end in ("mp4", "truth.json")
+    ]
+
+
+def test_truth_is_written_beside_the_video(film, video):
+    truth = json.loads(video.with_name("a.truth.json").read_text())
+    assert truth["seed"] == 3
+    assert truth["fps"] == 12
+    assert truth["size"] == [160, 90]
+    assert truth["frames"] == film.frames
+    assert len(truth["shots"]) == len(film.shots)
+    for entry, shot in zip(truth["shots"], film.shots, strict=True):
+        assert (entry["start"], entry["end"], entry["transition"]) == (shot.start, shot.end, shot.transition)
+        assert (entry["repeats"], entry["dark"], entry["caption"]) == (shot.repeats, shot.dark, shot.caption)
+        assert entry["scene"]["figures"][0]["hair"] == shot.scene.figures[0].hair
+        assert said(entry["caption"], WORDS["hair"][entry["scene"]["figures"][0]["hair"]])
+
+
+def test_shots_of_a_film_look_distinct():
+    """64-bit difference hash of each shot's first drawing: all but the repeat are far apart."""
+    for seed in (0, 1):
+        hashes = []
+        for shot in plan_clip(seed).shots:
+            if shot.repeats is None:
+                small = cv2.resize(luma(draw(shot.scene, (160, 90)).image), (9, 8), interpolation=cv2.INTER_AREA)
+                hashes.append((small[:, 1:] > small[:, :-1]).ravel())
+        distances = [(a != b).sum() for i, a in enumerate(hashes) for b in hashes[:i]]
+        assert len(hashes) == 11
+        assert min(distances) > 8
+
+
+def test_films_already_there_are_kept_and_broken_ones_drawn_anew(tmp_path, capsys):
+    settings = {"seed": 7, "size": (64, 64), "shots": 6, "fps": 6, "workers": 2}
+    paths = write_clips(tmp_path, 2, **settings)
+    assert [path.name for path in paths] == ["toon-00.mp4", "toon-01.mp4"]
+    first, second = (path.read_bytes() for path in paths)
+    assert first != second
+    before = paths[0].stat().st_mtime_ns
+    truth_path(paths[1]).unlink()
+    paths[1].write_bytes(b"half")
+    capsys.readouterr()
+    write_clips(tmp_path, 2, **settings)
+    assert paths[0].stat().st_mtime_ns == before
+    assert paths[1].read_bytes() == second
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2
+    assert "already there" in out[0]
+    assert "6 shots" in out[1]
+
+
+def test_odd_sizes_and_short_films_are_refused(film, tmp_path):
+    with pytest.raises(ValueError, match="not 161 x 90"):
+        write_clip(tmp_path / "x.mp4", film, size=(161, 90))
+    with pytest.raises(ValueError, match="at least 6 shots, not 3"):
+        plan_clip(0, shots=3)
+    assert not list(tmp_path.iterdir())
