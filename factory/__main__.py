@@ -23,7 +23,10 @@ Whatever was committed is kept: after a crash, run the same command again."""
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m factory", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m factory",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     helps = {
@@ -34,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         "status": "print the funnel",
     }
     for verb, text in helps.items():
-        sub = verbs.add_parser(verb, help=text, description=text, epilog=_EPILOG, formatter_class=parser.formatter_class)
+        sub = verbs.add_parser(
+            verb, help=text, description=text, epilog=_EPILOG, formatter_class=parser.formatter_class
+        )
         if verb == "build":
             sub.add_argument("sources", nargs="+", metavar="SOURCES", help="video files, folders, or globs in quotes")
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
@@ -52,11 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     args = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    from factory.store import DamagedData, DatasetBusy
+
     try:
         return _run(args)
     except (ValueError, FileNotFoundError) as error:
-        print(f"factory: {error}", file=sys.stderr)
-        return USAGE
+        cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
+        print(f"factory: {cause}", file=sys.stderr)
+        return UNFINISHED if isinstance(cause, (DatasetBusy, DamagedData)) else USAGE
 
 
 def _run(args: argparse.Namespace) -> int:

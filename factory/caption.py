@@ -61,7 +61,7 @@ def colour_caption(image: np.ndarray) -> str:
 
 
 def _dominant(image: np.ndarray) -> list[str]:
-    """Return up to three colour names that each cover at least an eighth of the image, the widest first; at least one."""
+    """Return one to three colour names, the widest first; all but the first cover an eighth of the image."""
     centres = np.array(list(_COLOURS.values()), np.float32)[None] / 255
     palette = cv2.cvtColor(centres, cv2.COLOR_RGB2LAB)[0]
     pixels = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB).reshape(-1, 1, 3)

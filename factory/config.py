@@ -45,7 +45,7 @@ class FactoryConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of each stage: 16 hex digits over its code version and its part of the configuration."""
+        """Return each stage's fingerprint: 16 hex digits over its code version and its part of the settings."""
         found = {name: value for name, value in asdict(self.video).items() if name not in video.RUNTIME_ONLY}
         parts = {
             "decode": (video.VERSION, quality.VERSION, found),

@@ -72,7 +72,9 @@ def check_sealed(folder: str | Path) -> None:
         if not (folder / name).is_file():
             raise DamagedFolder(f"{folder / name} is missing, but {SUMS} lists it.")
         if sha256_file(folder / name) != digest:
-            raise DamagedFolder(f"{folder / name} does not match its sha256 in {SUMS}: the file was changed or damaged.")
+            raise DamagedFolder(
+                f"{folder / name} does not match its sha256 in {SUMS}: the file was changed or damaged."
+            )
 
 
 def sha256_file(path: str | Path) -> str:

@@ -49,7 +49,7 @@ def sharpness(grey: np.ndarray) -> float:
 
 
 def scores(image: np.ndarray) -> dict[str, Any]:
-    """Return the stored scores of the RGB uint8 image H,W,3: sharpness, brightness, contrast, entropy, phash, embedding."""
+    """Return the columns of scores, with phash and embedding, of the RGB uint8 image H,W,3."""
     small = reduced(image)
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     share = np.bincount(grey.ravel(), minlength=256) / grey.size
@@ -89,10 +89,10 @@ def layout(image: np.ndarray) -> list[float]:
 
 
 def select(candidates: list[dict[str, Any]], config: SelectionConfig) -> dict[str, dict[str, Any]]:
-    """Return {frame_id: {status, reason, score, threshold, duplicate_of}} for the candidates that are not failed.
+    """Return by frame_id: status, reason, score, threshold, duplicate_of of the candidates that are not failed.
 
     Each row has frame_id, status, width, height, sharpness, brightness, contrast, phash and embedding. Frames that an
-    earlier completed selection kept come first, then the sharper, then by frame_id: the result does not depend on order.
+    earlier completed selection kept come first, then the sharper, then by frame_id, so that order does not matter.
     """
     usable = [row for row in candidates if row["status"] != "failed"]
     usable.sort(key=lambda row: (row["status"] != "kept", -row["sharpness"], row["frame_id"]))
@@ -110,7 +110,9 @@ def select(candidates: list[dict[str, Any]], config: SelectionConfig) -> dict[st
             same = near[similarity >= config.duplicate_similarity]
             if len(same):
                 best = int(similarity.argmax())
-                decision = _decided("dropped", "duplicate", float(similarity[best]), config.duplicate_similarity, kept[near[best]])
+                decision = _decided(
+                    "dropped", "duplicate", float(similarity[best]), config.duplicate_similarity, kept[near[best]]
+                )
             else:
                 hashes[count] = np.int64(row["phash"]).view(np.uint64)
                 layouts[count] = row["embedding"]

@@ -12,8 +12,10 @@ EMBEDDING_SIZE = 192
 
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
+
 def _key(name: str) -> pa.Field:
     return pa.field(name, pa.string(), nullable=False, metadata=_KEY)
+
 
 def _table(*fields: pa.Field) -> pa.Schema:
     return pa.schema(
@@ -24,6 +26,7 @@ def _table(*fields: pa.Field) -> pa.Schema:
             "animesketch.embedding_size": str(EMBEDDING_SIZE),
         },
     )
+
 
 _EMBEDDING = pa.field("embedding", pa.list_(pa.float32(), EMBEDDING_SIZE))  # unit length
 _SCORES = (
@@ -53,7 +56,6 @@ SOURCES = _table(
     pa.field("status", pa.string()),  # pending, ok, partial, failed
     pa.field("error", pa.string()),
     pa.field("segment_starts", pa.list_(pa.float64())),  # s; fixed when the source is first seen
-
     pa.field("shots", pa.int32()),
     pa.field("candidates", pa.int32()),
 )
@@ -127,19 +129,28 @@ EDITS = _table(
 
 TABLES = {"sources": SOURCES, "candidates": CANDIDATES, "samples": SAMPLES, "edits": EDITS}
 KEYS = {"sources": "source_id", "candidates": "frame_id", "samples": "frame_id", "edits": "edit_id"}
-BLOBS = {"sources": (), "candidates": ("image",), "samples": ("image", "sketch", "training_sketch", "thumbnail"), "edits": ()}
+BLOBS = {
+    "sources": (),
+    "candidates": ("image",),
+    "samples": ("image", "sketch", "training_sketch", "thumbnail"),
+    "edits": (),
+}
+
 
 def frame_id(source_id: str, timestamp: float) -> str:
-    """Return the key of the frame shown `timestamp` seconds after the stream's first: `<source_id[:16]>-<microseconds>`."""
+    """Return the key of the frame `timestamp` seconds after the first: `<source_id[:16]>-<microseconds>`."""
     return f"{source_id[:16]}-{round(timestamp * 1e6):012d}"
+
 
 def is_blob(field: pa.Field) -> bool:
     """Return whether `field` is a Lance blob column."""
     return getattr(field.type, "extension_name", "") == "lance.blob.v2"
 
+
 def to_table(name: str, rows: list[dict]) -> pa.Table:
-    """Return `rows` (dicts of Python values; missing columns are null) as an Arrow table in the schema of table `name`."""
+    """Return `rows` (missing columns are null) as an Arrow table in the schema of table `name`."""
     return arrange(rows, TABLES[name])
+
 
 def arrange(rows: list[dict], schema: pa.Schema) -> pa.Table:
     """Return `rows` as an Arrow table with exactly the columns of `schema`; blob columns take bytes or None."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
-    """Connect to the cluster that RAY_ADDRESS or the job names, or start a local one; leave only what was started here."""
+    """Connect to the cluster that RAY_ADDRESS or the job names, or start a local one that ends here."""
     import ray
 
     if ray.is_initialized():

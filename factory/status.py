@@ -9,8 +9,10 @@ from factory.store import Store
 
 
 def funnel(store: Store) -> dict[str, Any]:
-    """Return the counts of a dataset: sources by status, segments, candidates by decision, samples by what they have."""
-    sources = store.table("sources").to_table(columns=["status", "segment_starts", "duration", "uri", "error"]).to_pylist()
+    """Return counts: sources by status, segments, candidates by decision, samples by what they have."""
+    sources = (
+        store.table("sources").to_table(columns=["status", "segment_starts", "duration", "uri", "error"]).to_pylist()
+    )
     candidates = store.table("candidates").to_table(columns=["status", "reason"]).to_pylist()
     samples = (
         store.table("samples")

@@ -103,7 +103,9 @@ class Store:
             except BlockingIOError:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
-                raise DatasetBusy(f"Dataset {self.root} is being written by {holder}. Wait for it, or end it.") from None
+                raise DatasetBusy(
+                    f"Dataset {self.root} is being written by {holder}. Wait for it, or end it."
+                ) from None
             handle.truncate(0)
             handle.write(f"process {os.getpid()}")
             handle.flush()
@@ -138,6 +140,8 @@ class Store:
         key = schema.KEYS[name]
         columns = pa.schema([schema.TABLES[name].field(column) for column in rows[0]])
         fragment = self.table(name).get_fragment(fragment_id)
+        if fragment is None:
+            raise StoreError(f"Table {self.uri(name)} has no fragment {fragment_id} any more. Run the command again.")
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
         return {"unit": f"update-{fragment_id}", "rows": 0, "updated": metadata.to_json(), "fields": list(fields)}
 
@@ -147,7 +151,7 @@ class Store:
         units: set[str] = set()
         for version in table.versions():
             transaction = table.read_transaction(version["version"])
-            units.update(json.loads((transaction.transaction_properties or {}).get(_UNITS, "[]")))
+            units.update(json.loads(((transaction and transaction.transaction_properties) or {}).get(_UNITS, "[]")))
         return units
 
     def ledger(self, name: str) -> list[dict[str, Any]]:
@@ -218,7 +222,9 @@ class Committer:
             self._store._strike(self._name, unit)
 
     def _append(self, entries: dict[str, dict[str, Any]]) -> None:
-        fragments = [FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]]
+        fragments = [
+            FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
+        ]
         for fragment in fragments:
             for file in fragment.files:
                 path = os.path.join(self._store.uri(self._name), "data", file.path)

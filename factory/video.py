@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Segment:
 
 
 def find_sources(patterns: list[str]) -> list[str]:
-    """Return the absolute paths of the videos that files, folders (searched below) and globs name, sorted, each once.
+    """Return the absolute paths of the videos that files, folders and globs name, sorted, each once.
 
     Raises FileNotFoundError for a pattern that names nothing.
     """
@@ -93,14 +94,14 @@ def find_sources(patterns: list[str]) -> list[str]:
             here = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
         if not here:
             raise FileNotFoundError(
-                f"No video at {pattern!r}. Give files, folders or globs; folders are searched for {', '.join(SUFFIXES)}."
+                f"No video at {pattern!r}. Give files, folders or globs; in folders these count: {', '.join(SUFFIXES)}."
             )
         found.update(os.path.abspath(p) for p in here)
     return sorted(found)
 
 
 def describe_source(uri: str, config: VideoConfig) -> dict[str, Any]:
-    """Return the `sources` row of the file `uri`: identity, container facts, segment starts; never raises for bad input."""
+    """Return the `sources` row of the file `uri`: identity, container facts, segment starts; bad input is a row too."""
     row: dict[str, Any] = {"uri": uri, "collection": Path(uri).parent.name, "licence": "unknown"}
     try:
         row["source_id"] = sha256_file(uri)
@@ -121,14 +122,15 @@ def _probe(uri: str, config: VideoConfig) -> dict[str, Any]:
         if not container.streams.video:
             raise ValueError("the file has no video stream")
         stream = container.streams.video[0]
+        tick = stream.time_base or Fraction(1, 1)  # s
         times = sorted(
-            float(packet.pts * stream.time_base)
+            float(packet.pts * tick)
             for packet in container.demux(stream)
             if packet.pts is not None and packet.is_keyframe
         )
         if not times:
             raise ValueError("the video stream has no key frame")
-        length = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        length = float(stream.duration * tick) if stream.duration else (container.duration or 0) / 1e6
         starts = [0.0]
         for time in times:
             if time - times[0] - starts[-1] >= config.segment_seconds:
@@ -240,7 +242,9 @@ def _shots(frames: Iterator[tuple[int, float, float, np.ndarray]], config: Video
             fps = fps or 25.0
             least = max(1, round(config.min_shot_seconds * fps))
             detector = AdaptiveDetector(
-                adaptive_threshold=config.adaptive_threshold, min_content_val=config.min_content_val, min_scene_len=least
+                adaptive_threshold=config.adaptive_threshold,
+                min_content_val=config.min_content_val,
+                min_scene_len=least,
             )
         small = quality.reduced(image)
         grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)

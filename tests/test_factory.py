@@ -40,7 +40,7 @@ def contents(root: Path) -> dict[str, list[tuple]]:
         for blob in schema.BLOBS[name] if addresses else ():
             for row, data in zip(rows, store.read_pictures(name, blob, addresses), strict=True):
                 row[blob] = hashlib.sha256(data).hexdigest() if data else None
-        found[name] = sorted(((row[key], json.dumps(row, sort_keys=True, default=str)) for row in rows))
+        found[name] = sorted((row[key], json.dumps(row, sort_keys=True, default=str)) for row in rows)
     return found
 
 
@@ -72,7 +72,9 @@ def test_every_row_is_complete_and_traceable(small_dataset: Path, films: Path) -
 
 def test_a_repeated_shot_is_dropped_as_duplicate_of_its_first_showing(small_dataset: Path, films: Path) -> None:
     store = Store(str(small_dataset))
-    rows = store.table("candidates").to_table(columns=["frame_id", "source_id", "frame_index", "reason", "duplicate_of"])
+    rows = store.table("candidates").to_table(
+        columns=["frame_id", "source_id", "frame_index", "reason", "duplicate_of"]
+    )
     by_id = {row["frame_id"]: row for row in rows.to_pylist()}
     for path in films.glob("*.mp4"):
         source = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -174,7 +176,9 @@ def test_the_same_bytes_under_two_names_are_one_source(ray_session: str, films: 
     assert status.funnel(store)["kept"] == status.funnel(store)["samples"] == 5
 
 
-def test_selection_sketches_and_captions_change_columns_only(ray_session: str, small_dataset: Path, tmp_path: Path) -> None:
+def test_selection_sketches_and_captions_change_columns_only(
+    ray_session: str, small_dataset: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "root"
     shutil.copytree(small_dataset, root)
     store = Store(str(root))
@@ -234,7 +238,10 @@ def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFix
         (["status", "--root", "/nonexistent/root"], "python -m factory build"),
         (["select", "--root", "/nonexistent/root"], "python -m factory build"),
         (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "No video at"),
-        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made", "--set", "video.jpegquality=1"], "Did you mean"),
+        (
+            ["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made", "--set", "video.jpegquality=1"],
+            "Did you mean",
+        ),
     ],
 )
 def test_wrong_usage_says_what_to_do(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

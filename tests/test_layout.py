@@ -56,5 +56,7 @@ def test_packages_are_listed() -> None:
     import tomllib
 
     listed = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {str(p.parent.relative_to(REPO)).replace("/", ".") for top in ORDER for p in (REPO / top).rglob("__init__.py")}
+    found = {
+        str(p.parent.relative_to(REPO)).replace("/", ".") for top in ORDER for p in (REPO / top).rglob("__init__.py")
+    }
     assert set(listed) == found

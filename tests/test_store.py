@@ -161,7 +161,9 @@ def test_there_is_one_writer_and_its_lock_dies_with_it(store: Store) -> None:
         [
             sys.executable,
             "-c",
-            f"import sys,factory.store as s\nwith s.Store({str(store.root)!r}).lock(): print('held',flush=True); sys.stdin.read()",
+            "import sys, factory.store as s\n"
+            "with s.Store(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()",
+            str(store.root),
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -34,7 +34,7 @@ class XDoGConfig:
 
 
 class XDoG:
-    """The converter: RGB to lines by the sharpened difference of two Gaussians (equation 7) and a soft threshold (5)."""
+    """The converter: RGB to lines by a sharpened difference of two Gaussians and a soft threshold."""
 
     def __init__(self, config: XDoGConfig, *, short_side: int) -> None:
         """Take the lines' width from `short_side`, the short side in pixels of the whole picture that is converted."""

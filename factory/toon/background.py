@@ -12,7 +12,8 @@ from .canvas import Canvas, Colour, box, ellipse, mix, poly, shade
 def _sky_colour(canvas: Canvas, y: float) -> Colour:
     """The colour that the canvas holds at a share `y` of its height, at its left edge."""
     row = min(len(canvas.cels) - 1, int(y * len(canvas.cels)))
-    return tuple(float(part) for part in canvas.cels[row, 0, :3])
+    red, green, blue = canvas.cels[row, 0, :3].tolist()
+    return red, green, blue
 
 
 def _cloud(canvas: Canvas, x: float, y: float, size: float, colour: Colour, rng: random.Random) -> None:

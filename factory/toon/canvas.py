@@ -1,6 +1,6 @@
 """A canvas of two layers, colour picture and line art: a filled shape hides the lines under it, as ink on cels does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ Colour = tuple[float, float, float]
 _SHIFT = 4  # OpenCV draws in fixed point: 4 fractional bits are 1/16 px
 
 
-def poly(*points: tuple[float, ...]) -> np.ndarray:
+def poly(*points: Sequence[float] | np.ndarray) -> np.ndarray:
     """Points (x, y) or (x, y, 1) -> float array (n, 3). The third column marks corners, which stay sharp."""
     return np.array([p if len(p) == 3 else (*p, 0) for p in points], np.float64)
 
@@ -28,7 +28,7 @@ def box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
     return np.array([(x0, y0, 1), (x1, y0, 1), (x1, y1, 1), (x0, y1, 1)], np.float64)
 
 
-def limb(joints: np.ndarray, widths: tuple[float, ...]) -> np.ndarray:
+def limb(joints: Sequence[tuple[float, float]] | np.ndarray, widths: tuple[float, ...]) -> np.ndarray:
     """Joints (n, 2) and the half width at each -> closed outline (2n, 3) around them, ends cut square."""
     joints = np.asarray(joints, np.float64)
     along = np.gradient(joints, axis=0)
@@ -47,7 +47,8 @@ def moved(shape: np.ndarray, dx: float = 0, dy: float = 0, sx: float = 1, sy: fl
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
     """Colour `share` of the way from a to b; share in [0, 1]."""
-    return tuple(p + (q - p) * share for p, q in zip(a, b, strict=True))
+    red, green, blue = (p + (q - p) * share for p, q in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def shade(colour: Colour, depth: float = 1.0) -> Colour:
@@ -58,7 +59,8 @@ def shade(colour: Colour, depth: float = 1.0) -> Colour:
 def ink(colour: Colour) -> Colour:
     """Outline colour for a filled area: its own hue, always dark (at most 70 of 255)."""
     top = max(*colour, 1)
-    return tuple(18 + 46 * (part / top) ** 2 * min(1, top / 200) for part in colour)
+    red, green, blue = (18 + 46 * (part / top) ** 2 * min(1, top / 200) for part in colour)
+    return red, green, blue
 
 
 @lru_cache(maxsize=4096)
@@ -115,9 +117,9 @@ class Canvas:
         """Unit -> `scale` picture pixels, origin -> (x, y), after a turn by `angle` radians about a point."""
         cos, sin = np.cos(angle), np.sin(angle)
         turn = np.array([[cos, -sin], [sin, cos]])
-        about = np.asarray(about)
+        pivot = np.asarray(about)
         self._linear = turn.T * (scale * self.factor)
-        self._shift = (np.array([x, y]) + (about - turn @ about) * scale) * self.factor - 0.5
+        self._shift = (np.array([x, y]) + (pivot - turn @ pivot) * scale) * self.factor - 0.5
 
     def _pixels(self, shape: np.ndarray, closed: bool) -> np.ndarray:
         """Control points (n, 3) -> the curve through them in canvas pixels (m, 2)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import cv2
+import numpy as np
 
 from .scene import Drawing, draw
 from .traits import BACKGROUNDS, CAMERAS, EXPRESSIONS, HAIR, Figure, Pose, Scene, View, caption, random_figure
@@ -288,7 +289,7 @@ def _encode(path: Path, clip: EditList) -> None:
             for held, light in enumerate(lights):
                 if planes is None or light != lights[held - 1]:
                     image = drawing.image if light == 1 else cv2.convertScaleAbs(drawing.image, alpha=light)
-                    planes = cv2.cvtColor(image, cv2.COLOR_RGB2YUV_I420)
+                    planes = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2YUV_I420), np.uint8)
                 frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
                 frame.pts, frame.time_base = first + held, Fraction(1, clip.fps)
                 container.mux(stream.encode(frame))

@@ -57,7 +57,7 @@ def draw(scene: Scene, size: tuple[int, int], pose: Pose | Sequence[Pose] = Pose
     background.DRAW[scene.background](canvas, wide, random.Random(f"{scene.background}/{scene.layout}"))
 
     tint = _TINTS.get(scene.background, (1.0, 1.0, 1.0))
-    canvas.tint = tuple(a * b for a, b in zip(dark, tint, strict=True))
+    canvas.tint = (dark[0] * tint[0], dark[1] * tint[1], dark[2] * tint[2])
     tall, top = _FRAMING[scene.camera]
     pair = len(scene.figures) == 2
     apart = 2.9 if scene.camera != "close-up" else 2.5  # head units between two figures
