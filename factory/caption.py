@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -41,9 +42,9 @@ class CaptionConfig:
     keywords: tuple[str, ...] = ("anime sketch", "line art")
 
 
-def text(caption: str, keywords: list[str] | tuple[str, ...]) -> str:
-    """Return the text of a sample, `"{caption}, {keywords}"`, the same in training, evaluation and serving."""
-    return ", ".join([caption, *keywords])
+def sample_text(caption: str | None, keywords: Sequence[str] | None) -> str:
+    """Return the text of a sample, "{caption}, {keywords}", wherever it is used; empty parts are left out."""
+    return ", ".join(part for part in (caption, *(keywords or ())) if part)
 
 
 def colour_caption(image: np.ndarray) -> str:

@@ -30,9 +30,8 @@ def test_a_folder_appears_sealed_and_whole(tmp_path: Path) -> None:
         (aside / "x.bin").write_bytes(b"3")
     check_sealed(target)
     assert sorted(p.name for p in target.iterdir()) == [SUMS, "x.bin"]
-    with pytest.raises(RuntimeError, match="stop"), new_folder(target) as aside:
-        (aside / "x.bin").write_bytes(b"4")
-        raise RuntimeError("stop")
+    with pytest.raises(FileNotFoundError), new_folder(target) as aside:
+        (aside / "absent" / "x.bin").write_bytes(b"4")
     assert (target / "x.bin").read_bytes() == b"3"
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 

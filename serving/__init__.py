@@ -1,0 +1,1 @@
+"""serving: an adapter to pictures over HTTP."""

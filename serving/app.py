@@ -1,0 +1,167 @@
+"""The Ray Serve application: a CPU ingress that speaks HTTP, and autoscaled replicas that each hold one engine.
+
+    serve run serving.app:build adapter=/abs/run base=/abs/stable-diffusion-v1-5
+
+No `from __future__ import annotations` here: it turns the annotation of the app builder's argument into text, which
+Serve does not read.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, cast
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from serving.api import create_api
+from serving.config import ServingConfig, from_args
+from serving.engine import Engine
+from serving.keys import load_keys
+from serving.protocol import ApiError, Busy
+from serving.worker import Event, Facts, Job, Worker
+
+REPLICA, INGRESS = "SketchReplica", "SketchIngress"
+STATUS_S = 2.0  # how long an answer of Serve's controller is used again by /health
+
+
+@serve.deployment(name=REPLICA)
+class SketchReplica:
+    """One engine. Jobs wait for their turn inside; the event loop stays free for Serve's health checks."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        """Load base and adapter. AdapterError when they don't belong together: the deployment then fails."""
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        engine = Engine.load(
+            config.adapter,
+            base=config.base,
+            image_encoder=config.image_encoder,
+            dtype=getattr(torch, config.dtype),
+            device=config.device or ("cuda" if config.num_gpus else "cpu"),
+            batch_size=config.batch_size,
+        )
+        self.worker = Worker(engine, config.model)
+
+    async def facts(self) -> Facts:
+        """Return what this server is."""
+        return self.worker.facts()
+
+    async def generate(self, job: Job) -> AsyncGenerator[Event]:
+        """Yield the events of a job; Serve cancels this when the client is gone."""
+        async with contextlib.aclosing(self.worker.generate(job)) as events:
+            async for event in events:
+                yield event
+
+
+class ServeBackend:
+    """The replicas, as the HTTP interface sees them (`serving.api.Backend`)."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas
+        self._facts: Facts | None = None
+        self._status: tuple[float, str | None] = (0.0, None)  # when it is out of date, and what it was
+
+    async def facts(self) -> Facts:
+        """Return what the server is: asked once, then remembered."""
+        if self._facts is None:
+            with _told():
+                self._facts = await self._replicas.facts.remote()
+        assert self._facts is not None
+        return self._facts
+
+    async def trouble(self) -> str | None:
+        """Return why jobs can't run now: no replica runs."""
+        if self._status[0] < time.monotonic():
+            status = await asyncio.to_thread(serve.status)
+            app = status.applications[serve.get_replica_context().app_name]
+            states = app.deployments[REPLICA].replica_states
+            running = sum(count for state, count in states.items() if state == "RUNNING")
+            text = None if running else f"No replica runs: {app.deployments[REPLICA].message or app.status.value}"
+            self._status = (time.monotonic() + STATUS_S, text)
+        return self._status[1]
+
+    async def generate(self, job: Job) -> AsyncGenerator[Event]:
+        """Yield the events of a job; closing this cancels it in its replica."""
+        response = cast(DeploymentResponseGenerator, self._replicas.options(stream=True).generate.remote(job))
+        try:
+            with _told():
+                async for event in response:
+                    yield event
+        except (asyncio.CancelledError, GeneratorExit):  # not after an error: cancel() would raise it again, bare
+            response.cancel()
+            raise
+
+
+@serve.deployment(name=INGRESS)
+@serve.ingress()
+class SketchIngress:
+    """Checks requests and keys, decodes references, keeps the queue short; needs no GPU."""
+
+    def __init__(self, config: ServingConfig, replicas: DeploymentHandle) -> None:
+        self.config = config
+        self.replicas = replicas
+        self.digests = load_keys(config.key_file) if config.key_file else None
+        if self.digests is None:
+            client: Any = _get_global_client()  # Serve has no public way to ask where it listens
+            _refuse_open_bind(client.http_config.host)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the HTTP interface; built here, in the replica, so that it need not be pickled."""
+        return create_api(self.config, ServeBackend(self.replicas), self.digests)
+
+
+def build(args: dict) -> serve.Application:
+    """Return the application for `serve run serving.app:build adapter=URI …`; fields are those of ServingConfig.
+
+    ValueError for a wrong or missing argument.
+    """
+    config = from_args(args)
+    refusal: Any = {"status_code": 429, "retry_after_s": config.retry_after_s}
+    replica = SketchReplica.options(
+        autoscaling_config={
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.max_ongoing_requests,
+        },
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        backpressure_config=refusal,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+    )
+    ingress = SketchIngress.options(
+        max_ongoing_requests=config.max_requests + 64,  # room for /health and for answers of 429
+        max_queued_requests=64,
+        backpressure_config=refusal,
+        ray_actor_options={"num_cpus": config.ingress_num_cpus},
+    )
+    return ingress.bind(config, replica.bind(config))
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turn what Serve raises about its replicas into what the HTTP interface answers."""
+    try:
+        yield
+    except BackPressureError:
+        raise Busy from None
+    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        message = "The replica that worked on this is gone. Try again."
+        raise ApiError(503, message, type="server_error", code="unavailable", headers={"Retry-After": "5"}) from error
+
+
+def _refuse_open_bind(host: str | None) -> None:
+    """Raise ValueError unless Serve listens on loopback only."""
+    if host == "localhost" or (host and ipaddress.ip_address(host).is_loopback):
+        return
+    raise ValueError(
+        f"Serve listens on {host}, and no key_file is set: anybody who reaches this machine could use the server. Give "
+        "key_file=/abs/keys, or start Serve with --http-host 127.0.0.1."
+    )

@@ -1,0 +1,79 @@
+"""Picture files in and out: untrusted bytes to an RGB picture, and a picture to a file that holds its recipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+METADATA = "animesketch"  # key of the recipe in a PNG; in JPEG and WebP it is Exif's ImageDescription
+_DESCRIPTION = 0x010E  # Exif tag ImageDescription
+# what Pillow's decoders raise for damaged files, and its refusals of bombs
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class BadPicture(ValueError):
+    """Bytes that are no picture this server reads; the message continues "image …"."""
+
+
+def read_picture(data: bytes, max_pixels: int) -> Image.Image:
+    """Return the first frame of a PNG, JPEG or WebP file as RGB: upright by its Exif tag, transparency on white.
+
+    The size comes from the header: a file of more than `max_pixels` is refused before anything is decoded.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except _BOMB:
+        raise BadPicture(f"has more pixels than this server's limit of {max_pixels}.") from None
+    except UnidentifiedImageError:
+        raise BadPicture(f"is none of {', '.join(FORMATS)}.") from None
+    except _DAMAGED as error:
+        raise BadPicture(f"can't be read: {error}.") from None
+    if image.width * image.height > max_pixels:
+        raise BadPicture(f"is {image.width}x{image.height}, more than this server's limit of {max_pixels} pixels.")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits per pixel: convert("RGB") would clip, not scale
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except _DAMAGED as error:
+        raise BadPicture(f"is damaged: {error}.") from None
+
+
+def write_picture(image: Image.Image, output_format: str, output_compression: int, recipe: dict[str, Any]) -> bytes:
+    """Return the bytes of a "png", "jpeg" or "webp" file with `recipe` as JSON in it; the same input, the same bytes.
+
+    `output_compression` 0..100 is the quality of jpeg and webp (100 is lossless for webp); png is always lossless.
+    """
+    text = json.dumps(recipe, sort_keys=True)
+    file = io.BytesIO()
+    if output_format == "png":
+        info = PngInfo()
+        info.add_itxt(METADATA, text)
+        image.save(file, "PNG", pnginfo=info)
+        return file.getvalue()
+    exif = Image.Exif()
+    exif[_DESCRIPTION] = text
+    if output_format == "jpeg":
+        image.save(file, "JPEG", quality=output_compression, subsampling=0, exif=exif)
+    else:
+        image.save(file, "WEBP", quality=output_compression, lossless=output_compression == 100, exif=exif)
+    return file.getvalue()
+
+
+def read_recipe(image: Image.Image) -> dict[str, Any]:
+    """Return the recipe in a picture file of this server. KeyError when there is none."""
+    text = image.info[METADATA] if image.format == "PNG" else image.getexif()[_DESCRIPTION]
+    return json.loads(text)

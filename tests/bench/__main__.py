@@ -1,0 +1,39 @@
+"""python -m tests.bench: each part against its peer, in the same run on the same machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main(names: list[str]) -> int:
+    """Print the tables named (all by default); return the exit code."""
+    import torch
+
+    from tests.bench.decoding import decoding
+    from tests.bench.harness import HEADER
+    from tests.bench.sampling import sampling
+
+    tables = {"decoding": decoding, "sampling": sampling}
+    unknown = set(names) - set(tables)
+    if unknown:
+        print(f"No benchmark {', '.join(sorted(unknown))}. There are: {', '.join(tables)}.", file=sys.stderr)
+        return 2
+    print(
+        f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}; median (range) of 5\n"
+    )
+    print(HEADER, flush=True)
+    for name in names or tables:
+        with tempfile.TemporaryDirectory() as folder:
+            for comparison in tables[name](Path(folder)):
+                print(comparison.row(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

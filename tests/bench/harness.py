@@ -1,0 +1,45 @@
+"""Two sides of a comparison, alternated in one run: medians, spread, and their ratio."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What was measured: units of work per second on both sides."""
+
+    title: str
+    unit: str
+    ours: list[float]
+    peer: list[float]
+
+    def row(self) -> str:
+        """Return a Markdown table row: ours, peer, median of the ratios of neighbouring runs, with their range."""
+        ratios = [a / b for a, b in zip(self.ours, self.peer, strict=True)]
+        cells = [self.title, _spread(self.ours), _spread(self.peer), self.unit, _spread(ratios)]
+        return f"| {' | '.join(cells)} |"
+
+
+HEADER = "| what | ours | peer | unit | ratio |\n|---|---|---|---|---|"
+
+
+def compare(title: str, unit: str, ours: Callable[[], int], peer: Callable[[], int], *, rounds: int = 5) -> Comparison:
+    """Run both sides once to warm up, then `rounds` times in turn (A B, B A, ...); each returns its units of work."""
+    sides = {"ours": ours, "peer": peer}
+    rates: dict[str, list[float]] = {"ours": [], "peer": []}
+    for side in sides.values():
+        side()
+    for turn in range(rounds):
+        for name in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
+            start = time.perf_counter()
+            work = sides[name]()
+            rates[name].append(work / (time.perf_counter() - start))
+    return Comparison(title=title, unit=unit, **rates)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"

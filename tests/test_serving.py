@@ -1,0 +1,230 @@
+"""One Serve application on a free loopback port: real HTTP, real replicas, random weights."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from serving.engine import Engine, Recipe
+from serving.pictures import read_recipe
+from trainer.adapter import Adapter, AdapterConfig
+from trainer.backbone import load_backbone
+
+LONG = {"prompt": "long", "num_inference_steps": 999, "n": 4}  # a minute and more on one core
+
+
+def free_port() -> int:
+    """A free port below the range from which the system hands out ports, so that Ray's own don't take it meanwhile."""
+    for port in range(21000 + int(time.time() * 1000) % 8000, 32000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise OSError("No free port.")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    backbone = load_backbone(str(twin))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        adapter = Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64))
+        for module in adapter.ip_adapter.values():
+            torch.nn.init.normal_(module.to_v_ip.weight, std=0.5)
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    adapter.save_pretrained(folder, base={"id": backbone.id, "weights_hash": backbone.weights_hash})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(ray_session: str, twin: Path, adapter_folder: Path) -> Iterator[httpx.Client]:
+    """A client of the application: one replica runs one request, one more waits, the next is refused.
+
+    `max_replicas` of 2 lets the ingress take three, so that Serve's own refusal is met as well as the ingress's.
+    """
+    from ray import serve
+
+    from serving.app import build
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    app = build(
+        {"adapter": str(adapter_folder.parent), "base": str(twin), "num_cpus": "0.5", "ingress_num_cpus": "0.1",
+         "max_replicas": "2", "max_ongoing_requests": "1", "max_queued_requests": "1",
+         "limits.max_num_inference_steps": "999", "limits.max_body_bytes": "2000000"}
+    )  # fmt: skip
+    serve.run(app, name="sketch", route_prefix="/")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            yield client
+    finally:
+        serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sketch() -> Image.Image:
+    noise = np.random.default_rng(2).integers(0, 256, (6, 6), dtype=np.uint8)
+    return Image.fromarray(noise).resize((48, 48), Image.Resampling.NEAREST).convert("RGB")
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def pictures(response: httpx.Response) -> list[bytes]:
+    assert response.status_code == 200, response.text[:500]
+    return [base64.b64decode(item["b64_json"]) for item in response.json()["data"]]
+
+
+def generate(server: httpx.Client, **fields: Any) -> httpx.Response:
+    return server.post("/v1/images/generations", json={"prompt": "a girl", "num_inference_steps": 3, **fields})
+
+
+def test_it_is_healthy_and_says_what_it_is(server: httpx.Client, twin: Path) -> None:
+    assert server.get("/health").json() == {"status": "ok"}
+    (model,) = server.get("/v1/models").json()["data"]
+    assert (model["id"], model["base"], model["random_weights"]) == ("animesketch", twin.name, True)
+    assert "swagger" in server.get("/docs").text.lower()
+    assert "/v1/images/edits" in server.get("/openapi.json").json()["paths"]
+    assert "animesketch_http_responses_total" in server.get("/metrics").text
+
+
+def test_the_same_request_gives_the_same_bytes(server: httpx.Client) -> None:
+    fields = {"seed": 5, "n": 2}
+    first, second = (pictures(generate(server, **fields)) for _ in range(2))
+    assert first == second
+    image = Image.open(io.BytesIO(first[1]))
+    assert (image.format, image.size, image.mode) == ("PNG", (64, 64), "RGB")
+    recipe = read_recipe(image)
+    assert (recipe["prompt"], recipe["seed"], recipe["num_inference_steps"]) == ("a girl", 6, 3)
+    # the recipe in the file makes the picture again
+    again = generate(server, seed=recipe["seed"], guidance_scale=recipe["guidance_scale"], size=recipe["size"])
+    back = np.asarray(Image.open(io.BytesIO(pictures(again)[0]))).astype(int)
+    assert abs(back - np.asarray(image)).max() <= 1
+    assert pictures(generate(server, seed=7))[0] != first[0]
+
+
+def test_a_random_seed_is_returned_and_reproduces_the_picture(server: httpx.Client) -> None:
+    reply = generate(server)
+    seed = reply.json()["data"][0]["seed"]
+    assert pictures(generate(server, seed=seed)) == pictures(reply)
+    assert any("random weights" in warning for warning in reply.json()["warnings"])
+
+
+def test_a_reference_by_either_route_is_the_engines_picture(
+    server: httpx.Client, sketch: Image.Image, twin: Path, adapter_folder: Path
+) -> None:
+    fields: dict[str, Any] = {"seed": 5, "adapter_scale": 1.0}
+    by_json = generate(server, image=base64.b64encode(png(sketch)).decode(), **fields)
+    form = {"prompt": "a girl", "num_inference_steps": "3", "seed": "5", "adapter_scale": "1.0"}
+    by_form = server.post("/v1/images/edits", data=form, files={"image": ("s.png", png(sketch))})
+    assert pictures(by_json) == pictures(by_form)
+    assert pictures(by_json) != pictures(generate(server, seed=5))
+    engine = Engine.load(str(adapter_folder.parent), base=str(twin))
+    alone = engine.infer(Recipe(prompt="a girl", num_inference_steps=3, reference=sketch, **fields))[0]
+    served = Image.open(io.BytesIO(pictures(by_json)[0]))
+    assert abs(np.asarray(served).astype(int) - np.asarray(alone)).max() <= 1
+    assert read_recipe(served)["reference_sha256"] == hashlib.sha256(sketch.tobytes()).hexdigest()
+
+
+def test_a_streamed_answer_ends_with_the_picture_of_a_plain_one(server: httpx.Client) -> None:
+    with server.stream(
+        "POST", "/v1/images/generations",
+        json={"prompt": "a girl", "num_inference_steps": 4, "seed": 5, "stream": True, "partial_images": 2},
+    ) as response:  # fmt: skip
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line.startswith("data")]
+    assert [event["type"].split(".")[1] for event in events] == ["partial_image", "partial_image", "completed"]
+    plain = pictures(generate(server, num_inference_steps=4, seed=5))
+    assert base64.b64decode(events[-1]["b64_json"]) == plain[0]
+    assert base64.b64decode(events[0]["b64_json"]) != plain[0]
+
+
+def test_errors_come_as_openais_object(server: httpx.Client) -> None:
+    path = "/v1/images/generations"
+    headers = {"Content-Type": "application/json"}
+    answers = [
+        (404, server.get("/v1/nothing")),
+        (405, server.get(path)),
+        (400, server.post(path, content=b"{", headers=headers)),
+        (400, generate(server, quality="high")),
+        (413, server.post(path, content=b"x" * 2_000_001, headers=headers)),
+        (404, generate(server, model="other")),
+    ]
+    for status, answer in answers:
+        assert answer.status_code == status, answer.text
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert all(answer.headers["x-request-id"] for _, answer in answers)
+
+
+def test_a_disconnect_frees_the_replica(server: httpx.Client) -> None:
+    for before_the_first_byte in (True, False):
+        gone = threading.Event()
+
+        def leave(early: bool = before_the_first_byte, gone: threading.Event = gone) -> None:
+            with httpx.Client(base_url=server.base_url, timeout=2 if early else 60) as client:
+                if early:  # not streamed: nothing comes until the end, the client gives up waiting
+                    with pytest.raises(httpx.ReadTimeout):
+                        client.post("/v1/images/generations", json=LONG)
+                else:  # the status line is there: sampling has begun
+                    with client.stream("POST", "/v1/images/generations", json={**LONG, "stream": True}) as response:
+                        assert response.status_code == 200
+            gone.set()
+
+        leave()
+        assert gone.is_set()
+        started = time.monotonic()
+        assert len(pictures(generate(server, num_inference_steps=1))) == 1
+        assert time.monotonic() - started < 20  # the long one would hold the only place for a minute
+
+
+def test_beyond_the_queue_the_answer_is_429_at_once(server: httpx.Client) -> None:
+    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.base_url, timeout=120) as client:
+        with client.stream("POST", "/v1/images/generations", json={**LONG, "stream": True}) as running:
+            assert running.status_code == 200
+            calls = [pool.submit(generate, server, num_inference_steps=1) for _ in range(6)]
+            refused = []
+            deadline = time.monotonic() + 20
+            while len(refused) < 5 and time.monotonic() < deadline:
+                refused = [call.result() for call in calls if call.done()]
+                time.sleep(0.05)
+            assert [answer.status_code for answer in refused] == [429] * 5, [answer.text for answer in refused]
+            assert all(answer.json()["error"]["code"] == "queue_full" for answer in refused)
+            assert all(answer.headers["retry-after"] == "5" for answer in refused)
+            assert server.get("/health").status_code == 200
+        assert sorted(call.result().status_code for call in calls) == [200] + [429] * 5  # the one that waited is served
+
+
+def test_without_keys_only_loopback_is_served() -> None:
+    from serving.app import _refuse_open_bind
+
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        _refuse_open_bind(host)
+    for host in ("0.0.0.0", "192.168.1.5", "::", "10.0.0.1"):
+        with pytest.raises(ValueError, match="no key_file is set"):
+            _refuse_open_bind(host)

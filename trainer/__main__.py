@@ -1,0 +1,106 @@
+"""python -m trainer VERB: train an adapter, or make a small random base for trials."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from factory import settings
+from factory.settings import absolute
+from trainer.config import PRESETS, TrainerConfig
+
+DONE, UNFINISHED, USAGE = 0, 1, 2
+
+EXAMPLES = """examples:
+  a small random base, and a trial on it (minutes on two CPU cores; the pictures are noise, the run is real):
+    python -m trainer twin --output /tmp/twin
+    python -m trainer fit --root /data/anime --output /runs/trial --base /tmp/twin --max-train-steps 50
+  the paper's run on eight GPUs of a cluster:
+    ray job submit --working-dir . -- python -m trainer fit --preset paper --root s3://bucket/anime \\
+        --output /shared/runs/paper --num-workers 8
+  go on after a crash, or to more steps: the same command again
+  another learning rate, no validation:
+    python -m trainer fit ... --set learning_rate=5e-5 --set data.validation_samples=0
+
+settings are the fields of trainer/config.py: a preset, then --config (YAML), then --set, then the options.
+exit codes: 0 done; 1 not finished, run it again; 2 wrong usage."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"trainer {args.verb}: {error}", file=sys.stderr)
+        return USAGE
+
+
+def fit(args: argparse.Namespace) -> int:
+    """Train; UNFINISHED when workers failed."""
+    config: TrainerConfig = settings.load(PRESETS[args.preset](), args.config, args.set)
+    options = {
+        "output": args.output,
+        "pretrained_model_name_or_path": args.base,
+        "max_train_steps": args.max_train_steps,
+    }
+    changes = {name: value for name, value in options.items() if value is not None}
+    if args.root is not None:
+        changes["data"] = dataclasses.replace(config.data, root=args.root)
+    if args.num_workers is not None:
+        changes["workers"] = dataclasses.replace(config.workers, num_workers=args.num_workers)
+    config = dataclasses.replace(config, **changes)
+
+    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    from trainer import loop
+
+    try:
+        summary = loop.fit(config)
+    except (TrainingFailedError, RayError) as error:  # lost workers, or a cluster that can't start them
+        failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+        reason = "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items()) or str(error)
+        print(f"trainer fit: not finished. {reason}\nRun the same command again to go on.", file=sys.stderr)
+        return UNFINISHED
+    print(json.dumps(summary))
+    return DONE
+
+
+def twin(args: argparse.Namespace) -> int:
+    """Make the random-weight twin of SD v1.5."""
+    from trainer.backbone import make_twin
+
+    print(make_twin(absolute(args.output, "--output"), args.seed))
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m trainer", description=__doc__, epilog=EXAMPLES, formatter_class=style)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("fit", help="train an adapter", epilog=EXAMPLES, formatter_class=style)
+    verb.add_argument("--root", metavar="URI", help="dataset root that `python -m factory build` wrote")
+    verb.add_argument("--output", metavar="DIR", help="run folder; an unfinished run there is resumed")
+    verb.add_argument("--base", metavar="PATH_OR_ID", help="frozen Stable Diffusion: a diffusers folder or hub id")
+    verb.add_argument(
+        "--preset", choices=sorted(PRESETS), default="micro", help="where settings start (default: micro)"
+    )
+    verb.add_argument("--config", metavar="FILE", help="YAML of settings, laid over the preset")
+    verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as seed=1")
+    verb.add_argument("--num-workers", type=int, metavar="N", help="Ray Train workers")
+    verb.add_argument("--max-train-steps", type=int, metavar="N", help="optimizer steps in all")
+    verb.set_defaults(run=fit)
+
+    verb = verbs.add_parser("twin", help="make a small random base with SD v1.5's structure, for trials and tests")
+    verb.add_argument("--output", metavar="DIR", required=True, help="folder to make")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (default: 0)")
+    verb.set_defaults(run=twin)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

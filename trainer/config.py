@@ -1,0 +1,139 @@
+"""The settings of a training run and its presets. Light: imports no model library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from factory.settings import STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a training sample is made of."""
+
+    __pydantic_config__ = STRICT
+
+    root: str = ""  # dataset root, a folder or URI; --root
+    version: int | str | None = (
+        None  # version or tag of samples.lance; None: the newest when the run starts, then pinned
+    )
+    resolution: int = 512  # side of the square target, in pixels
+    reference: Literal["training_sketch", "image"] = "training_sketch"  # picture that the image encoder sees
+    image_drop_rate: float = 0.05  # share of samples without image, for classifier-free guidance
+    text_drop_rate: float = 0.05  # share without text
+    both_drop_rate: float = 0.05  # share with neither
+    validation_samples: int = 16  # pictures of the held-out split that are scored; 0: no validation
+
+    def __post_init__(self) -> None:
+        rates = {name: getattr(self, name) for name in ("image_drop_rate", "text_drop_rate", "both_drop_rate")}
+        if min(rates.values()) < 0 or sum(rates.values()) > 1:
+            raise ValueError(f"drop rates are shares that sum to at most 1, got {rates}.")
+        if self.resolution < 8 or self.resolution % 8:
+            raise ValueError(f"resolution must be a multiple of 8 pixels, got {self.resolution}.")
+        if self.validation_samples < 0:
+            raise ValueError(f"validation_samples must be 0 or more, got {self.validation_samples}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """Who trains: Ray Train workers, each a DeepSpeed rank."""
+
+    __pydantic_config__ = STRICT
+
+    num_workers: int = 1  # --num-workers; a run is resumed with as many as it began with
+    use_gpu: bool = False  # one GPU per worker
+    cpus_per_worker: float = 0.5  # logical CPUs that Ray reserves per worker, not a number of threads
+    num_threads: int = 1  # torch threads per worker; more in all than cores slows everything down
+    zero_stage: Literal[0, 1, 2] = 1  # what DeepSpeed shards: 1 optimizer state, 2 gradients too
+    max_failures: int = 0  # lost workers that Ray replaces before the command ends; each resumes from a checkpoint
+
+    def __post_init__(self) -> None:
+        if min(self.num_workers, self.num_threads) < 1:
+            raise ValueError(
+                f"num_workers and num_threads must be at least 1, got {self.num_workers}, {self.num_threads}."
+            )
+        if self.cpus_per_worker <= 0:
+            raise ValueError(f"cpus_per_worker must be above 0, got {self.cpus_per_worker}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """One training run. The command line lays a YAML file and `--set key=value` over a preset of this."""
+
+    __pydantic_config__ = STRICT
+
+    output: str = ""  # run folder; --output
+    pretrained_model_name_or_path: str = ""  # the frozen base: a diffusers folder or hub id; --base
+    image_encoder: str | None = None  # folder, or owner/name/sub/folder on the hub; None: the base's own
+    adapter: str | None = None  # start from this adapter's weights; None: a new one
+    resampler_dim: int | None = None  # width of a new Resampler; None: the base's text width, rounded up to 64
+    data: DataConfig = field(default_factory=DataConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    learning_rate: float = 1e-4  # constant, no warm-up
+    weight_decay: float = 0.01  # of AdamW
+    max_train_steps: int = 1000  # optimizer steps; raise it and run again to go on
+    train_batch_size: int = 8  # samples per optimizer step, over all workers and accumulation steps
+    gradient_accumulation_steps: int = 1  # parts that a worker splits its share of the batch into
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
+    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: the frozen models in bf16, the adapter in fp32 under autocast
+    seed: int = 0  # of the new adapter, the order, the drops, the time steps and the noise
+    checkpointing_steps: int = 500  # steps between checkpoints; there is one at the end too
+    checkpoints_total_limit: int = 2  # checkpoints that are kept
+    validation_steps: int = 500  # steps between validations; there is one at the start and one at the end too
+    logging_steps: int = 10  # steps between printed lines; metrics.jsonl has every step
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "validation_steps",
+            "logging_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.learning_rate <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"learning_rate must be above 0 and weight_decay 0 or more, got {self.learning_rate}, "
+                f"{self.weight_decay}."
+            )
+        parts = self.workers.num_workers * self.gradient_accumulation_steps
+        if self.train_batch_size % parts:
+            raise ValueError(
+                f"train_batch_size {self.train_batch_size} must be a multiple of num_workers "
+                f"{self.workers.num_workers} x gradient_accumulation_steps {self.gradient_accumulation_steps}."
+            )
+
+
+def micro() -> TrainerConfig:
+    """Return the embedded default: small pictures and numbers, for CPU cores."""
+    return TrainerConfig(
+        data=DataConfig(resolution=64),
+        learning_rate=1e-3,
+        max_train_steps=300,
+        checkpointing_steps=100,
+        validation_steps=50,
+    )
+
+
+def paper() -> TrainerConfig:
+    """Return the paper's run: SD v1.5, ViT-H/14, AdamW 1e-4, 100,000 steps.
+
+    Batch, resolution and drop rates are not in the paper: they are IP-Adapter's (tutorial_train_plus.py).
+    """
+    return TrainerConfig(
+        pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",  # where runwayml's weights are now
+        image_encoder="h94/IP-Adapter/models/image_encoder",
+        workers=WorkersConfig(use_gpu=True, cpus_per_worker=2, num_threads=2, zero_stage=2, max_failures=3),
+        max_train_steps=100_000,
+        gradient_checkpointing=True,  # fits the paper's 24 GB
+        mixed_precision="bf16",
+        checkpointing_steps=2_000,
+        validation_steps=2_000,
+    )
+
+
+PRESETS = {"micro": micro, "paper": paper}

@@ -1,0 +1,203 @@
+"""Training samples out of `samples.lance`, and what is drawn for them: both pure functions of seed and step.
+
+The global batch of a step, and each sample's noise, time step and drops, do not depend on the number of workers, so a
+run resumes from nothing but its step. Shape suffixes: H, W pixels; h, w latents.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import lance
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from factory.caption import sample_text
+from trainer.config import DataConfig
+
+TARGET = "training_sketch"
+FITTING = "padded with white to a square, nothing cut off; area-averaged down or bicubic up to the resolution; [-1,1]"
+_COLUMNS = ("frame_id", TARGET, "caption", "keywords", "split", "selected")
+_COMMAND = {TARGET: "sketch", "caption": "caption", "keywords": "caption", "split": "publish", "selected": "select"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One training sample."""
+
+    frame_id: str
+    text: str  # "{caption}, {keywords}"
+    target: Tensor  # the sketch (3,H,W) in [-1,1]
+    reference: Image.Image  # what the image encoder sees, whole and unpadded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """The chance part of one training sample."""
+
+    drop_image: bool
+    drop_text: bool
+    timestep: int  # 0..999
+    posterior_4hw: Tensor  # standard normal, for the VAE's sample
+    noise_4hw: Tensor  # standard normal, what the UNet shall predict
+
+
+class Samples:
+    """The selected rows of one split, sorted by frame_id, at one version of the table."""
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        """Open the table. FileNotFoundError when absent; ValueError when a column is missing or no row is left."""
+        self.config = config
+        self.dataset = open_samples(config)
+        self.version: int = self.dataset.version
+        rows = self.dataset.to_table(
+            columns=["frame_id", "caption", "keywords"],
+            filter=f"selected AND split = '{split}' AND {TARGET} IS NOT NULL",
+            with_row_id=True,
+        ).sort_by("frame_id")
+        if not rows.num_rows:
+            raise ValueError(_why_empty(self.dataset, split, config))
+        self.frame_ids: list[str] = rows["frame_id"].to_pylist()
+        self._row_ids: list[int] = rows["_rowid"].to_pylist()
+        captions, keywords = rows["caption"].to_pylist(), rows["keywords"].to_pylist()
+        self.texts = [sample_text(caption, words) for caption, words in zip(captions, keywords, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.frame_ids)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the frame_ids and texts: the same for the same samples, wherever the dataset lies."""
+        lines = (f"{frame}\t{text}\n" for frame, text in zip(self.frame_ids, self.texts, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def read(self, indices: Sequence[int]) -> list[Sample]:
+        """Return the samples at `indices` (0 to len - 1) in order; ValueError naming the row that can't be decoded."""
+        targets = self._pictures(TARGET, indices)
+        same = self.config.reference == TARGET
+        references = targets if same else self._pictures(self.config.reference, indices)
+        return [
+            Sample(
+                frame_id=self.frame_ids[i],
+                text=self.texts[i],
+                target=square_pixels(target, self.config.resolution),
+                reference=reference,
+            )
+            for i, target, reference in zip(indices, targets, references, strict=True)
+        ]
+
+    def _pictures(self, column: str, indices: Sequence[int]) -> list[Image.Image]:
+        """Return the decoded RGB pictures of a blob column."""
+        ids = [self._row_ids[i] for i in indices]
+        blobs = self.dataset.read_blobs(column, ids=ids, preserve_order=True)
+        pictures = []
+        for i, (_, blob) in zip(indices, blobs, strict=True):
+            try:
+                pictures.append(Image.open(io.BytesIO(blob or b"")).convert("RGB"))
+            except OSError as error:
+                raise ValueError(
+                    f"Column {column!r} of sample {self.frame_ids[i]} in {self.dataset.uri} is not a whole picture "
+                    f"({error}). Run: python -m factory verify --root {self.config.root}"
+                ) from error
+        return pictures
+
+
+def open_samples(config: DataConfig) -> lance.LanceDataset:
+    """Return `samples.lance` of the dataset root at the asked version; its columns are checked."""
+    uri = f"{config.root.rstrip('/')}/samples.lance"
+    try:
+        dataset = lance.dataset(uri)
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"No table {uri!r} ({str(error).splitlines()[0][:200]}). Give the dataset root that "
+            "`python -m factory build` wrote."
+        ) from None
+    if config.version is not None:
+        try:
+            dataset = lance.dataset(uri, version=config.version)
+        except ValueError:
+            raise ValueError(
+                f"Table {uri!r} has no version or tag {config.version!r}; its newest version is {dataset.version}. "
+                "Give --set data.version=..., or another --output to train on the newest."
+            ) from None
+    for column in dict.fromkeys((*_COLUMNS, config.reference)):
+        if column not in dataset.schema.names:
+            command = _COMMAND.get(column, "build")
+            raise ValueError(
+                f"Table {uri!r} has no column {column!r}. Run: python -m factory {command} --root {config.root}"
+            )
+    return dataset
+
+
+def square_pixels(picture: Image.Image, side: int) -> Tensor:
+    """Return pixels (3,side,side) in [-1,1] of an RGB picture, padded with white to a square: paper is white.
+
+    Centre-cropping, as photographs get it, would cut lines off; the price is white bars beside a wide frame.
+    """
+    square = ImageOps.pad(picture, (max(picture.size), max(picture.size)), color="white")
+    method = Image.Resampling.BOX if square.width > side else Image.Resampling.BICUBIC
+    array = np.asarray(square.resize((side, side), method), dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def batch_indices(seed: int, step: int, batch_size: int, length: int) -> list[int]:
+    """Return the sample indices of the global batch of `step` (from 0): epoch after epoch, each its own permutation."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_permutation(seed, position // length, length)[position % length]) for position in positions]
+
+
+def share(count: int, rank: int, world_size: int) -> range:
+    """Return the places in a global batch of `count` that belong to `rank`: equal parts in order."""
+    part = count // world_size
+    return range(rank * part, (rank + 1) * part)
+
+
+def draw(seed: int, step: int, place: int, latent: tuple[int, int, int], config: DataConfig) -> Draw:
+    """Return what is drawn for the sample at `place` in the global batch of `step`; `latent` is (4,h,w).
+
+    One uniform number decides the drops, as in tutorial_train_plus.py: image, then text, then both.
+    """
+    generator = generator_of(seed, "train", step, place)
+    u = torch.rand((), generator=generator).item()
+    image, text = config.image_drop_rate, config.image_drop_rate + config.text_drop_rate
+    both = text + config.both_drop_rate
+    return Draw(
+        drop_image=u < image or text <= u < both,
+        drop_text=image <= u < both,
+        timestep=int(torch.randint(0, 1000, (), generator=generator)),
+        posterior_4hw=torch.randn(latent, generator=generator),
+        noise_4hw=torch.randn(latent, generator=generator),
+    )
+
+
+def generator_of(*key: object) -> torch.Generator:
+    """Return a CPU generator seeded by `key`: the same numbers on every machine and device."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+@functools.lru_cache(maxsize=2)  # a batch touches at most two epochs, unless it is longer than one
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return torch.randperm(length, generator=generator_of(seed, "order", epoch)).numpy()
+
+
+def _why_empty(dataset: lance.LanceDataset, split: str, config: DataConfig) -> str:
+    """Return the message for a split without rows: what is missing, and the command that makes it."""
+    have = {
+        "no rows": dataset.count_rows(),
+        "no selected rows": dataset.count_rows("selected"),
+        f"no selected rows with split {split!r}": dataset.count_rows(f"selected AND split = '{split}'"),
+    }
+    do = {"no rows": "build", "no selected rows": "select", f"no selected rows with split {split!r}": "publish"}
+    what = next((name for name, count in have.items() if not count), f"no row with a {TARGET}")
+    message = f"Table {dataset.uri!r} has {what} at version {dataset.version}. "
+    message += f"Run: python -m factory {do.get(what, 'sketch')} --root {config.root}"
+    if split == "validation" and what not in ("no rows", "no selected rows"):
+        message += " — or train without validation: --set data.validation_samples=0"
+    return message

@@ -1,0 +1,263 @@
+"""Training from its command to its last checkpoint: `fit` on the driver, `train_loop_per_worker` on every worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from factory.files import DamagedFolder, check_sealed, sha256_file
+from factory.session import ray_session
+from factory.settings import absolute
+from trainer.config import TrainerConfig
+from trainer.data import FITTING, Samples
+from trainer.run import Run, code_version
+from trainer.weights import find_base, name_of
+
+
+def fit(config: TrainerConfig) -> dict[str, Any]:
+    """Train to `max_train_steps` and return a summary: output, step, loss, validation_loss, best_validation_loss.
+
+    The same call goes on where a killed one stopped, and does nothing when the run is finished. Raises ValueError and
+    FileNotFoundError for what the user gave; ray.train's TrainingFailedError when workers fail.
+    """
+    config = _absolute(config)
+    run = Run(config.output)
+    with run.lock():
+        config, facts = _describe(config, run)
+        step = run.newest()
+        if step >= config.max_train_steps:
+            print(f"Run {run.folder} is finished: step {step} of {config.max_train_steps}. Nothing to do.", flush=True)
+        else:
+            with ray_session(config.workers.num_workers * config.workers.cpus_per_worker + 1):
+                _train(config, facts)
+        _mend(run)
+    return _summary(run)
+
+
+def train_loop_per_worker(job: dict[str, Any]) -> None:
+    """Train on one worker: resume, then steps, validations and checkpoints until the last."""
+    from ray.train.torch import get_device
+
+    from trainer.worker import Worker  # loads the model libraries, which only workers need
+
+    config: TrainerConfig = job["config"]
+    worker = Worker(config, get_device(), job["facts"])  # type: ignore[arg-type]
+    step = first = worker.resume()
+    log = _Log(config, first) if worker.rank == 0 else None
+    best = worker.run.best_loss()
+
+    def validate() -> None:
+        nonlocal best
+        if config.data.validation_samples:
+            loss = worker.validate()
+            if log:
+                log.validated(step, loss)
+            if step and (best is None or loss < best):
+                best = loss
+                worker.save_best(step, loss)
+
+    if step == 0:
+        validate()
+    while step < config.max_train_steps:
+        loss = worker.step(step)
+        step += 1
+        if log:
+            log.stepped(step, loss)
+        last = step == config.max_train_steps
+        if last or step % config.validation_steps == 0:
+            validate()
+        if last or step % config.checkpointing_steps == 0:
+            worker.save(step)
+            ray.train.report({"step": step, "loss": loss})  # a barrier: every worker reports equally often
+
+
+class _Log:
+    """Rank 0's record: every step to metrics.jsonl, some to the screen."""
+
+    def __init__(self, config: TrainerConfig, first: int) -> None:
+        self.config, self.first = config, first
+        self.run = Run(config.output)
+        self.run.rewind(first)
+        self.start = self.before = time.monotonic()
+        workers = config.workers
+        print(
+            f"{'Resumed at' if first else 'Starting from'} step {first} of {config.max_train_steps}: "
+            f"{workers.num_workers} worker(s), ZeRO-{workers.zero_stage}, batch {config.train_batch_size}",
+            flush=True,
+        )
+
+    def stepped(self, step: int, loss: float) -> None:
+        """Record optimizer step `step` (from 1)."""
+        now = time.monotonic()
+        seconds, self.before = now - self.before, now
+        speed = self.config.train_batch_size / seconds
+        self.run.log(
+            {
+                "step": step,
+                "loss": loss,
+                "learning_rate": self.config.learning_rate,
+                "samples_per_second": round(speed, 3),
+                "seconds": round(seconds, 4),
+            }
+        )
+        if step % self.config.logging_steps == 0 or step in (self.first + 1, self.config.max_train_steps):
+            left = (now - self.start) / (step - self.first) * (self.config.max_train_steps - step)
+            total = self.config.max_train_steps
+            print(f"step {step}/{total}  loss {loss:.4f}  {speed:.1f} samples/s  {_clock(left)} left", flush=True)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Record the validation loss after `step` steps."""
+        self.run.log({"step": step, "validation_loss": loss})
+        print(f"step {step}/{self.config.max_train_steps}  validation loss {loss:.4f}", flush=True)
+        self.before = time.monotonic()
+
+
+def _train(config: TrainerConfig, facts: dict[str, Any]) -> None:
+    """Run Ray Train. Its own storage is thrown away: resuming is decided by the seals of the run folder alone."""
+    storage = Path(config.output) / ".ray"
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # bars of model loading
+        "TRANSFORMERS_VERBOSITY": "error",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows each printed line twice
+    }
+    if not config.workers.use_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    resources = {"CPU": config.workers.cpus_per_worker, **({"GPU": 1} if config.workers.use_gpu else {})}
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"config": config, "facts": facts},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers.num_workers, use_gpu=config.workers.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:12],  # a new name: Ray would resume an old one from its own snapshot
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=config.workers.max_failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _absolute(config: TrainerConfig) -> TrainerConfig:
+    """Return `config` with absolute paths; ValueError for one that is missing, or relative in a Ray job."""
+    if not config.output:
+        raise ValueError("No run folder given. Say where to train: --output /path/of/the/run")
+    if not config.data.root:
+        raise ValueError("No dataset given. Say where it is: --root /path/of/the/dataset")
+    if not config.pretrained_model_name_or_path:
+        raise ValueError(
+            "No base model given. Say --base with a diffusers folder or hub id; a small random one for a trial is made "
+            "by: python -m trainer twin --output /path/of/the/twin"
+        )
+    return dataclasses.replace(
+        config,
+        output=absolute(config.output, "--output"),
+        data=dataclasses.replace(config.data, root=absolute(config.data.root, "--root")),
+        pretrained_model_name_or_path=_model(config.pretrained_model_name_or_path, "--base"),
+        image_encoder=config.image_encoder and _model(config.image_encoder, "image_encoder"),
+        adapter=config.adapter and absolute(config.adapter, "adapter"),
+    )
+
+
+def _model(name_or_path: str, option: str) -> str:
+    """Return a hub id unchanged, a folder's path absolute."""
+    local = os.path.isdir(name_or_path) or name_or_path.startswith((".", "/"))
+    return absolute(name_or_path, option) if local else name_or_path
+
+
+def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str, Any]]:
+    """Return `config` with the dataset version pinned, and the facts for config.json; refuse a run made otherwise."""
+    pinned = run.pinned_version()
+    if pinned is not None and config.data.version is None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, version=pinned))
+    tag = config.data.version if isinstance(config.data.version, str) else None
+    samples = Samples(config.data, "train")
+    if config.data.validation_samples:
+        Samples(config.data, "validation")  # says now, not on a worker, when there is none
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, version=samples.version))
+    base = find_base(config.pretrained_model_name_or_path, config.image_encoder)
+    base_hash = base.hash()
+    run.claim(
+        {
+            "base_weights_hash": base_hash,
+            "adapter": config.adapter and _adapter_hash(config.adapter),
+            "resampler_dim": config.resampler_dim,
+            "dataset_version": samples.version,
+            "dataset_fingerprint": samples.fingerprint,
+            "num_workers": config.workers.num_workers,
+            "zero_stage": config.workers.zero_stage,
+            **{f"data.{name}": getattr(config.data, name) for name in _DATA_SETTINGS},
+            **{name: getattr(config, name) for name in _SETTINGS},
+        }
+    )
+    facts = {
+        "base": {"id": base.id, "weights_hash": base_hash},
+        "dataset": {"uri": name_of(config.data.root), "version": samples.version, "tag": tag, "samples": len(samples)},
+        "training": {name: getattr(config, name) for name in _SETTINGS},
+        "preprocessing": {
+            "target": FITTING,
+            "resolution": config.data.resolution,
+            "reference_column": config.data.reference,
+        },
+        "code_version": code_version(),
+    }
+    return config, facts
+
+
+_SETTINGS = (  # what the trained weights depend on
+    "seed",
+    "learning_rate",
+    "weight_decay",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "mixed_precision",
+)
+_DATA_SETTINGS = ("resolution", "reference", "image_drop_rate", "text_drop_rate", "both_drop_rate")
+
+
+def _adapter_hash(name_or_path: str) -> str:
+    from trainer.adapter import WEIGHTS, find_adapter
+
+    path = find_adapter(name_or_path)
+    return sha256_file(path / WEIGHTS if path.is_dir() else path)
+
+
+def _mend(run: Run) -> None:
+    """Put `adapter/` back from the newest checkpoint if a kill fell between its removal and its replacement."""
+    try:
+        check_sealed(run.folder / "adapter")
+    except DamagedFolder:
+        run.publish_adapter(run.newest())
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    history = run.history()
+    losses = [record for record in history if "loss" in record]
+    validation = [record["validation_loss"] for record in history if "validation_loss" in record]
+    return {
+        "output": str(run.folder),
+        "step": losses[-1]["step"] if losses else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "validation_loss": validation[-1] if validation else None,
+        "best_validation_loss": run.best_loss(),
+    }
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,223 @@
+"""One training worker: a DeepSpeed rank that holds the frozen base, the adapter and its share of every batch.
+
+Imported in Ray Train workers only, after Ray has set DS_ACCELERATOR: DeepSpeed picks its device at import.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+# (diffusers types its configs as dict and its outputs as tuples)
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from factory.files import new_folder
+from trainer.adapter import Adapter, AdapterConfig
+from trainer.backbone import load_backbone
+from trainer.config import TrainerConfig
+from trainer.data import Draw, Sample, Samples, batch_indices, draw, generator_of, share
+from trainer.loss import noise_loss
+from trainer.run import Run
+
+TAG = "zero"  # folder of DeepSpeed's files within state/
+QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
+
+
+class Worker:
+    """What `train_loop_per_worker` calls; every method runs on all ranks together."""
+
+    def __init__(self, config: TrainerConfig, device: torch.device, facts: dict[str, Any]) -> None:
+        """Load the base, build the adapter and its DeepSpeed engine; `facts` go into every adapter's config.json."""
+        torch.set_num_threads(config.workers.num_threads)
+        self.config, self.device, self.facts = config, device, facts
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.run = Run(config.output)
+        self.samples = Samples(config.data, "train")
+        bf16 = config.mixed_precision == "bf16"
+        self.base = load_backbone(
+            config.pretrained_model_name_or_path,
+            image_encoder=config.image_encoder,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            device=device,
+        )
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+        self.scheduler = self.base.scheduler()
+        side = config.data.resolution // self.base.latent_factor
+        self.latent = (self.base.vae.config.latent_channels, side, side)
+        if config.gradient_checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
+            self.base.unet.train()  # checkpointing acts in train mode only; SD v1.5 has no dropout
+        self.facts["base"]["random_weights"] = self.base.random_weights
+        self.facts["preprocessing"] |= self.base.preprocessing
+        self.null_1NE = self.base.encode_image_null(1)
+        adapter = self._new_adapter()
+        adapter.attach(self.base.unet)
+        self.engine = _engine(adapter, config)
+        self._ahead = ThreadPoolExecutor(1)  # decodes the next batch while this one trains
+        self._next: tuple[int, Future[list[Sample]]] | None = None
+        self._validation: list[tuple[Tensor, ...]] | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter in training."""
+        return self.engine.module
+
+    def resume(self) -> int:
+        """Restore the newest good checkpoint and return its step; 0 for a new run."""
+        newest = [self.run.newest() if self.rank == 0 else 0]
+        dist.broadcast_object_list(newest)
+        step = newest[0]
+        if step:
+            # DeepSpeed unpickles: only ever our own folder, whose seal `newest` has just checked
+            self.engine.load_checkpoint(str(self.run.checkpoint(step) / "state"), tag=TAG)
+        return step
+
+    def step(self, step: int) -> float:
+        """Take optimizer step `step` (from 0) on its global batch and return the mean loss over it."""
+        size, accumulate = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        places = share(size, self.rank, self.world_size)
+        samples = self._read(step, places)
+        draws = [draw(self.config.seed, step, place, self.latent, self.config.data) for place in places]
+        part = len(places) // accumulate
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(places), part):
+            batch = self._encode(samples[start : start + part], draws[start : start + part])
+            loss = self._loss(self.engine, batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach() / accumulate
+        dist.all_reduce(total)
+        return total.item() / self.world_size
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the loss on the held-out split, with fixed noise at fixed time steps: comparable between runs."""
+        if self._validation is None:
+            self._validation = self._held_out()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self._validation:
+            with self.autocast:
+                loss = self._loss(self.adapter, batch)
+            total += torch.tensor([loss.item() * len(batch[0]), len(batch[0])], device=self.device)
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def save(self, step: int) -> None:
+        """Write checkpoints/step-N aside, every rank its state, rank 0 the adapter; then seal, rename, prune."""
+        with contextlib.ExitStack() as stack:
+            aside: list[Any] = [None]
+            if self.rank == 0:
+                aside[0] = stack.enter_context(new_folder(self.run.checkpoint(step)))
+                self.adapter.save_pretrained(aside[0] / "adapter", **self.facts, step=step)
+            dist.broadcast_object_list(aside)
+            self.engine.save_checkpoint(str(Path(aside[0]) / "state"), tag=TAG, client_state={"step": step})
+            dist.barrier()  # all files are there: rank 0 seals and renames on leaving
+        if self.rank == 0:
+            self.run.publish_adapter(step)
+            self.run.prune(self.config.checkpoints_total_limit, step)
+        dist.barrier()
+
+    def save_best(self, step: int, validation_loss: float) -> None:
+        """Write best/ from the adapter as it is."""
+        if self.rank == 0:
+            self.adapter.save_pretrained(
+                self.run.folder / "best", **self.facts, step=step, validation_loss=validation_loss
+            )
+        dist.barrier()
+
+    def _new_adapter(self) -> Adapter:
+        """Return the adapter to train, on the device in fp32, the same on every rank."""
+        if self.config.adapter:
+            return Adapter.from_pretrained(self.config.adapter).to(self.device)
+        width = self.base.unet.config.cross_attention_dim
+        config = AdapterConfig(
+            cross_attention_dim=width,
+            embedding_dim=self.base.image_encoder.config.hidden_size,
+            dim=self.config.resampler_dim or -(-width // 64) * 64,
+        )
+        torch.manual_seed(self.config.seed)
+        return Adapter.for_unet(self.base.unet, config).to(self.device)
+
+    def _read(self, step: int, places: Sequence[int]) -> list[Sample]:
+        """Return this rank's samples of `step`, and begin to read those of the next."""
+
+        def read(step: int) -> list[Sample]:
+            indices = batch_indices(self.config.seed, step, self.config.train_batch_size, len(self.samples))
+            return self.samples.read([indices[place] for place in places])
+
+        ahead = self._next[1] if self._next and self._next[0] == step else self._ahead.submit(read, step)
+        samples = ahead.result()
+        self._next = (step + 1, self._ahead.submit(read, step + 1))
+        return samples
+
+    def _encode(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> tuple[Tensor, ...]:
+        """Return what one forward pass takes: noisy latents, time steps, text tokens, image features, noise."""
+        noise = torch.stack([d.noise_4hw for d in draws]).to(self.device)
+        posterior = torch.stack([d.posterior_4hw for d in draws])
+        timesteps = torch.tensor([d.timestep for d in draws], device=self.device)
+        latents = self.base.image_to_latents(torch.stack([s.target for s in samples]), posterior)
+        text = self.base.encode_text(["" if d.drop_text else s.text for s, d in zip(samples, draws, strict=True)])
+        hidden = self._features([None if d.drop_image else s.reference for s, d in zip(samples, draws, strict=True)])
+        noise = noise.to(latents.dtype)
+        return self.scheduler.add_noise(latents, noise, timesteps), timesteps, text, hidden, noise  # type: ignore[arg-type]
+
+    def _features(self, pictures: Sequence[Image.Image | None]) -> Tensor:
+        """Return image features (B,N,E); the null picture's where there is none."""
+        hidden = self.null_1NE.repeat(len(pictures), 1, 1)
+        shown = [i for i, picture in enumerate(pictures) if picture is not None]
+        if shown:
+            hidden[shown] = self.base.encode_image([picture for picture in pictures if picture is not None])
+        return hidden
+
+    def _loss(self, model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+        noisy, timesteps, text, hidden, noise = batch
+        return noise_loss(model(self.base.unet, noisy, timesteps, text, hidden), noise)
+
+    def _held_out(self) -> list[tuple[Tensor, ...]]:
+        """Return this rank's encoded validation batches: each picture at each of QUANTILES, nothing dropped."""
+        held_out = Samples(self.config.data, "validation")
+        count = min(self.config.data.validation_samples, len(held_out))
+        jobs = [(i, timestep) for i in range(count) for timestep in QUANTILES][self.rank :: self.world_size]
+        part = self.config.train_batch_size // self.world_size
+        batches = []
+        for start in range(0, len(jobs), part):
+            chunk = jobs[start : start + part]
+            draws = [
+                Draw(
+                    drop_image=False,
+                    drop_text=False,
+                    timestep=timestep,
+                    posterior_4hw=torch.zeros(self.latent),
+                    noise_4hw=torch.randn(self.latent, generator=generator_of("validation", i, timestep)),
+                )
+                for i, timestep in chunk
+            ]
+            batches.append(self._encode(held_out.read([i for i, _ in chunk]), draws))
+        return batches
+
+
+def _engine(adapter: Adapter, config: TrainerConfig) -> Any:
+    """Return a DeepSpeed engine over the adapter alone: the frozen base stays outside, hence out of checkpoints too."""
+    # on CPUs DeepSpeed would compile a shared-memory op to set up communication: gloo serves, and needs no compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    parts = dist.get_world_size() * config.gradient_accumulation_steps
+    bf16 = config.mixed_precision == "bf16"
+    settings = {
+        "train_batch_size": config.train_batch_size,
+        "train_micro_batch_size_per_gpu": config.train_batch_size // parts,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "zero_optimization": {"stage": config.workers.zero_stage},
+        # no "safe modules": gradients are exchanged in fp32
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "steps_per_print": 1 << 30,
+    }
+    return deepspeed.initialize(model=adapter, optimizer=optimizer, config=settings, dist_init_required=False)[0]
