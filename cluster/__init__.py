@@ -1,0 +1,1 @@
+"""cluster: where it runs: local demo cluster, Ray cluster launcher, KubeRay."""

@@ -1,0 +1,379 @@
+"""The demo's parts: setting up, the local cluster and its end, failing steps, the report."""
+
+import ast
+import contextlib
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import demo, local, report
+from cluster.journal import Journal, fingerprint
+from cluster.keeper import Kept
+from cluster.local import CommandFailed, LocalCluster, free_ports, run, what_matters
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SETUP = REPOSITORY / "cluster/setup_env.py"
+Disk = namedtuple("Disk", "total used free")
+
+
+# Setting up
+
+
+@pytest.fixture
+def setup_env() -> Any:
+    return namedtuple("Module", "main globals")(*(lambda g: (g["main"], g))(runpy.run_path(str(SETUP))))
+
+
+def test_setup_parses_on_old_pythons() -> None:
+    ast.parse(SETUP.read_text(), feature_version=(3, 6))
+
+
+def test_an_old_python_is_told_in_one_line(setup_env: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    (tmp_path / "requirements.lock").write_text("a==1\n")
+    monkeypatch.setattr(sys, "version_info", (3, 9, 2, "final", 0))
+    assert setup_env.main(str(tmp_path)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Python 3.9 is too old: AnimeSketch needs 3.11 or newer.")
+
+
+def test_a_small_disk_is_told_in_one_line(setup_env: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    (tmp_path / "requirements.lock").write_text("a==1\n")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(10**11, 10**11 - 10**9, 10**9))
+    assert setup_env.main(str(tmp_path)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"has 1\.0 GB free: AnimeSketch needs 6 GB", line)
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_setup_installs_once_and_again_when_the_lock_changes(setup_env: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("# nothing to install\n")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(10**12, 0, 10**12))
+    asked = []
+    popen = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda command, **more: asked.append(command) or popen(command, **more))
+    assert setup_env.main(str(tmp_path)) == 0
+    assert next(command for command in asked if "install" in command)[-1] == str(lock)
+    asked.clear()
+    assert setup_env.main(str(tmp_path)) == 0
+    assert asked == []  # nothing was even looked at
+    lock.write_text("# another\n")
+    assert setup_env.main(str(tmp_path)) == 0
+    assert sum("install" in command for command in asked) == 1
+
+
+def test_make_names_every_target() -> None:
+    told = subprocess.run(["make", "-s", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert {"demo", "test", "bench", "soak", "lint", "lock"} <= set(re.findall(r"make (\w+)", told))
+
+
+# Commands
+
+
+def test_a_kept_command_takes_its_orphans_with_it(tmp_path: Path) -> None:
+    # a daemon as Ray starts them: its parent is gone, it has a session of its own, and it ignores SIGTERM
+    script = """
+import os, signal, subprocess, sys, time
+daemon = subprocess.Popen(
+    [sys.executable, "-uc", "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(600)"],
+    start_new_session=True, stdout=subprocess.PIPE,
+)
+daemon.stdout.readline()
+print(daemon.pid, flush=True)
+if sys.argv[1] == "stay": time.sleep(600)
+"""
+    for stay in ("stay", "go"):
+        with Kept([sys.executable, "-c", script, stay]) as child:
+            assert child.output is not None
+            daemon = psutil.Process(int(child.output.readline()))
+            if stay == "go":
+                assert child.wait(30) == 0
+        assert not running(daemon)
+
+
+def test_a_failed_command_raises_its_last_lines_and_the_path_of_its_log(tmp_path: Path) -> None:
+    script = "import sys; print('half done'); print('Table x has no column y. Run: z', file=sys.stderr); sys.exit(3)"
+    shown: list[str] = []
+    with pytest.raises(CommandFailed) as caught:
+        run([sys.executable, "-u", "-c", script], log=tmp_path / "logs/a.log", show=shown.append)
+    told = str(caught.value)
+    assert "ended with status 3" in told
+    assert "Table x has no column y. Run: z" in told
+    assert str(tmp_path / "logs/a.log") in told
+    assert shown == ["half done", "Table x has no column y. Run: z"]
+
+
+def test_the_cause_is_shown_although_noise_follows_it(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text("\n".join(["start", "ValueError: no such codec", *(f"closing {i}" for i in range(100))]))
+    assert "ValueError: no such codec" in what_matters(log)
+
+
+def test_a_program_that_is_not_there_is_a_failed_command(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="Could not start /no/such/program"):
+        run(["/no/such/program"], log=tmp_path / "a.log")
+
+
+# The cluster
+
+
+def running(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def listening(processes: set[psutil.Process]) -> set[str]:
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    return found
+
+
+def test_a_local_cluster_wants_its_token_stays_on_loopback_runs_jobs_and_ends(tmp_path: Path) -> None:
+    with LocalCluster(log=tmp_path / "head.log") as cluster:
+        for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=headers))
+            assert refused.value.code in (401, 403)
+        assert cluster.get("/api/jobs/") == []
+        token_file = Path(cluster.env["RAY_AUTH_TOKEN_PATH"])
+        assert token_file.stat().st_mode & 0o777 == 0o600
+        assert token_file.parent.stat().st_mode & 0o777 == 0o700  # Ray's sockets lie below it
+
+        shown: list[str] = []
+        code = "import os, factory; print('in', os.path.isfile('pyproject.toml'), factory.__name__)"
+        cluster.submit(["python", "-c", code], log=tmp_path / "job.log", show=shown.append)
+        assert shown == ["in True factory"]
+
+        with pytest.raises(CommandFailed, match=r"(?s)ended with status 3\..*no column y.*job2\.log"):
+            cluster.submit(
+                ["python", "-c", "print('no column y'); raise SystemExit(3)"], log=tmp_path / "job2.log", show=len
+            )
+
+        # a job that would go on for ever, with a daemon of its own
+        code = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
+        job = [local.tool("ray"), "job", "submit", "--no-wait", "--address", cluster.dashboard]
+        run([*job, "--", "python", "-c", code], log=tmp_path / "job3.log", env=cluster.env, show=len)
+        keeper = psutil.Process(cluster.pid)
+        wait_for(lambda: any(p.name() == "sleep" for p in keeper.children(recursive=True)))
+        started = {keeper, *keeper.children(recursive=True)}
+        assert len(started) > 5
+        assert all(ip.endswith("127.0.0.1") or ip == "::1" for ip in listening(started))
+    assert not [process for process in started if running(process)]
+    assert not token_file.parent.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_cluster_ends_with_the_process_that_opened_it(number: int, tmp_path: Path) -> None:
+    script = f"""
+import pathlib, time
+from cluster.local import LocalCluster
+with LocalCluster(log=pathlib.Path({str(tmp_path / "head.log")!r})) as cluster:
+    print(cluster.pid, cluster.env["RAY_AUTH_TOKEN_PATH"], flush=True)
+    time.sleep(600)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert child.stdout is not None
+        pid, token = child.stdout.readline().split()
+        keeper = psutil.Process(int(pid))
+        started = {keeper, *keeper.children(recursive=True)}
+        assert len(started) > 5
+        child.send_signal(number)
+        child.wait(60)
+        wait_for(lambda: not any(running(process) for process in started), 60)
+        assert os.path.exists(token) == (number == signal.SIGKILL)  # nobody is left to remove the folder after SIGKILL
+        shutil.rmtree(Path(os.fsdecode(token)).parent, ignore_errors=True)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_free_ports_differ() -> None:
+    assert len(set(free_ports(20))) == 20
+
+
+# The demo
+
+
+def test_a_failed_step_stops_the_demo_with_its_log_and_status_1(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    def fail(folder: Path, *, log: Path) -> None:
+        run([sys.executable, "-c", "print('No codec can write this.'); raise SystemExit(5)"], log=log)
+
+    monkeypatch.setattr(demo.footage, "draw_clips", fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert demo.main(["--output", str(tmp_path / "demo")]) == 1
+    told = capsys.readouterr().err
+    assert "ended with status 5" in told
+    assert "No codec can write this." in told
+    assert str(tmp_path / "demo/logs/footage.log") in told
+    assert not (tmp_path / "demo/base").exists()
+
+
+def test_ctrl_c_ends_the_demo_with_status_130(tmp_path: Path) -> None:
+    script = """
+import sys, cluster.demo as demo
+from cluster.local import run
+step = [sys.executable, "-uc", "import os, time; print(os.getpid()); time.sleep(600)"]
+demo.footage.draw_clips = lambda folder, log: run(step, log=log)
+sys.exit(demo.main(["--output", sys.argv[1]]))
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-uc", script, str(tmp_path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    step = psutil.Process(next(int(line) for line in child.stdout if line.strip().isdigit()))
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert errors.strip().startswith("Stopped; everything that was started has been ended.")
+    assert not running(step)
+
+
+@pytest.mark.parametrize(
+    ("free", "why"), [(10**9, "has 1.0 GB free; the demo needs 3 GB."), (10**12, "Another demo is running")]
+)
+def test_what_the_demo_can_not_use_is_told_in_one_line(free: int, why: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(demo.shutil, "disk_usage", lambda path: Disk(10**13, 0, free))
+    with contextlib.ExitStack() as stack:
+        if free == 10**12:
+            stack.enter_context(demo.one_at_a_time(tmp_path))
+        with pytest.raises(CommandFailed) as caught, demo.one_at_a_time(tmp_path):
+            pass
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_step_is_done_once_and_again_when_its_inputs_change(tmp_path: Path) -> None:
+    done = []
+    result = tmp_path / "result"
+
+    def once(key: str) -> None:
+        with Journal(tmp_path / "demo.json").step("a", "A step") as step:
+            if step.needed(key, result.exists(), anew=result):
+                step.command(["python", "-m", "a b"])
+                done.append(key)
+                result.mkdir(exist_ok=True)
+                (result / key).touch()
+
+    for key in ("1", "1", "2"):
+        once(key)
+    assert done == ["1", "2"]
+    assert [path.name for path in result.iterdir()] == ["2"]  # made anew
+    written = json.loads((tmp_path / "demo.json").read_text())["steps"]["a"]
+    assert written["commands"] == ["python -m 'a b'"]
+
+    def fail() -> None:
+        with Journal(tmp_path / "demo.json").step("a", "A step") as step:
+            assert step.needed("3", True)
+            raise CommandFailed("no")
+
+    with pytest.raises(CommandFailed):
+        fail()
+    once("3")  # a failed step does not count as done
+    assert done == ["1", "2", "3"]
+
+
+def test_fingerprints_see_code_and_inputs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("cluster.journal.REPOSITORY", tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.py").write_text("1")
+    first = fingerprint(["in"], code=["a"])
+    assert first == fingerprint(["in"], code=["a"])
+    assert first != fingerprint(["other"], code=["a"])
+    (tmp_path / "a/x.py").write_text("2")
+    assert first != fingerprint(["in"], code=["a"])
+
+
+# The report
+
+
+@pytest.fixture
+def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
+    """A demo's folder: the small dataset, and made-up metrics and pictures."""
+    from PIL import Image
+
+    from cluster.pictures import requests_for
+
+    (tmp_path / "dataset").symlink_to(small_dataset)
+    for folder in ("run", "images", "base"):
+        (tmp_path / folder).mkdir()
+    rows: list[dict[str, Any]] = [
+        {"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)
+    ]
+    rows.append({"step": 40, "validation_loss": 0.0625})
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "base/twin.json").write_text('{"random_weights": true}')
+    index = []
+    for i, request in enumerate(requests_for(small_dataset)):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+        index.append({"file": f"{i}.png", **vars(request), "prompt": request.prompt + "<script>alert(1)</script>"})
+    (tmp_path / "images/index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
+    steps = {"dataset": {"title": "Dataset", "key": "k", "seconds": 61.2, "commands": ["ray job submit -- x"]}}
+    page = report.write_report(
+        finished_demo, {"steps": steps, "versions": {"ray": "2.60.0"}, "machine": "2 cores"}
+    ).read_text()
+    told = report.funnel(finished_demo / "dataset")
+    assert f"{told['kept']} of {told['candidates']} candidates kept" in page
+    for source in ("toon-00.mp4", "toon-01.mp4"):
+        assert f"<td>{source}</td>" in page
+    for row in report.sample_rows(finished_demo / "dataset"):
+        assert row["caption"] in page
+        assert f"{row['source']} at {row['timestamp']:.2f} s" in page
+    assert "random weights" in page
+    assert "0.0625" in page
+    assert "<svg" in page
+    assert "1 min 01 s" in page
+    assert "ray job submit -- x" in page
+    # one file: every picture is inside, nothing is loaded, text is escaped
+    assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'<img[^>]* src="([^"]*)"', page))
+    assert not re.search(r'(?:href|src)="(?!data:|#)', page)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert len(page) < 6 * 10**6
+
+
+def test_the_banner_is_gone_with_a_trained_base(finished_demo: Path) -> None:
+    (finished_demo / "base/twin.json").unlink()
+    page = report.write_report(finished_demo, {"steps": {}, "versions": {}, "machine": ""}).read_text()
+    assert "random weights" not in page
+
+
+def test_rows_come_from_all_sources_before_any_comes_twice() -> None:
+    taken = list(report.turns([["a0", "a1", "a2", "a3"], ["b0"]]))
+    assert taken[0] == ["a2", "b0"]
+    assert sorted(item for turn in taken for item in turn) == ["a0", "a1", "a2", "a3", "b0"]
