@@ -9,8 +9,10 @@ A user would type the same: `ray start --head --block`, `ray job submit`. Anothe
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import random
 import re
 import secrets
 import shutil
@@ -103,12 +105,18 @@ def what_matters(log: Path) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return `count` different ports that were free on loopback a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return `count` different ports that were free on loopback a moment ago; OSError when there are none.
+
+    They lie below the range from which the system hands out ports by itself, or Ray's own processes might take them.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 12_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(errno.EADDRINUSE, "no free port from 20000 to 31999")
 
 
 class LocalCluster:

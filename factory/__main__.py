@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from dataclasses import asdict
 
 DONE, UNFINISHED, USAGE, SOURCES_FAILED = 0, 1, 2, 3
 
@@ -47,8 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "status":
             sub.add_argument("--json", action="store_true", help="print the counts as JSON")
             continue
-        sub.add_argument("--preset", default="micro", choices=("micro", "paper"), help="default: micro")
-        sub.add_argument("--config", metavar="FILE", help="YAML laid over the preset")
+        sub.add_argument(
+            "--preset",
+            choices=("micro", "paper"),
+            help="default: the settings that the root was last written with, or micro",
+        )
+        sub.add_argument("--config", metavar="FILE", help="YAML laid over them")
         sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="one setting; may be repeated")
     return parser
 
@@ -69,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from factory import status, video
+    from factory.files import write_atomic
     from factory.settings import absolute, load
     from factory.store import Store
 
@@ -82,15 +88,21 @@ def _run(args: argparse.Namespace) -> int:
     from factory.config import PRESETS
     from factory.session import ray_session
 
-    config = load(PRESETS[args.preset](), args.config, args.set)
+    config = PRESETS[args.preset or "micro"]()
+    if not args.preset and store.settings_file.exists():
+        config = load(config, store.settings_file)
+    config = load(config, args.config, args.set)
+    paths = []
     if args.verb == "build":
         paths = video.find_sources([absolute(source, "SOURCES") for source in args.sources])
-        with ray_session():
-            pipeline.build(store, paths, config)
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
-        with ray_session(), store.lock():
+    with ray_session(), store.lock():
+        if args.verb == "build":
+            pipeline.build(store, paths, config)
+        else:
             getattr(pipeline, args.verb)(store, config)
+        write_atomic(store.settings_file, json.dumps(asdict(config), indent=2) + "\n")
     counts = status.funnel(store)
     print(status.describe(counts), flush=True)
     if status.unfinished(counts):

@@ -16,15 +16,14 @@ from factory.store import Committer, Store, check_keys
 
 
 def build(store: Store, sources: list[str], config: FactoryConfig) -> None:
-    """Run all stages over `sources` (paths): what an earlier run committed is not done again."""
-    with store.lock():
-        store.create()
-        decode(store, sources, config)
-        select(store, config)
-        sketch(store, config)
-        caption(store, config)
-        for name in schema.TABLES:
-            check_keys(store, name)
+    """Run all stages over `sources` (paths), in a locked root: what an earlier run committed is not done again."""
+    store.create()
+    decode(store, sources, config)
+    select(store, config)
+    sketch(store, config)
+    caption(store, config)
+    for name in schema.TABLES:
+        check_keys(store, name)
 
 
 def decode(store: Store, paths: list[str], config: FactoryConfig) -> None:

@@ -18,8 +18,8 @@ STRICT = ConfigDict(extra="forbid")  # set as __pydantic_config__ on every setti
 T = TypeVar("T")
 
 
-def load(preset: T, file: str | None = None, overrides: Iterable[str] = ()) -> T:
-    """Return `preset` with the YAML `file` and then the `a.b=c` overrides laid over it.
+def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
+    """Return `preset` with the YAML (or JSON) `file` and then the `a.b=c` overrides laid over it.
 
     Values are YAML (`--set split.holdout='[a.mp4]'`). Raises ValueError naming the key and the nearest known one when a
     key is unknown or a value has the wrong type; FileNotFoundError when `file` is absent.

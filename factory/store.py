@@ -74,6 +74,11 @@ class Store:
                 )
             self.table(name)
 
+    @property
+    def settings_file(self) -> Path:
+        """Where the settings of the last command that wrote are kept, as JSON: the next one starts from them."""
+        return self.root / "config.json"
+
     def table(self, name: str) -> lance.LanceDataset:
         """Return the newest version of table `name`. Raises FileNotFoundError or StoreError, saying what to do."""
         if not os.path.exists(self.uri(name)):

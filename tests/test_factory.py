@@ -213,6 +213,19 @@ def _rows(store: Store) -> list[dict]:
     return store.table("samples").to_table().to_pylist()
 
 
+def test_a_command_starts_from_the_settings_of_the_one_before(
+    ray_session: str, small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(small_dataset, root)
+    assert main(["sketch", "--root", str(root), "--set", "sketch.size=240"]) == 0
+    capsys.readouterr()
+    assert main(["sketch", "--root", str(root)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(["sketch", "--root", str(root), "--preset", "micro"]) == 0
+    assert {row["sketch_width"] for row in _rows(Store(str(root)))} == {480}
+
+
 def test_other_video_settings_are_refused_on_an_old_root(
     ray_session: str, small_dataset: Path, films: Path, capsys: pytest.CaptureFixture
 ) -> None:

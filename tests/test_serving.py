@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,21 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster.local import free_ports
 from serving.engine import Engine, Recipe
 from serving.pictures import read_recipe
 from trainer.adapter import Adapter, AdapterConfig
 from trainer.backbone import load_backbone
 
 LONG = {"prompt": "long", "num_inference_steps": 999, "n": 4}  # a minute and more on one core
-
-
-def free_port() -> int:
-    """A free port below the range from which the system hands out ports, so that Ray's own don't take it meanwhile."""
-    for port in range(21000 + int(time.time() * 1000) % 8000, 32000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise OSError("No free port.")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +60,7 @@ def server(ray_session: str, twin: Path, adapter_folder: Path) -> Iterator[httpx
 
     from serving.app import build
 
-    port = free_port()
+    (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     app = build(
         {"adapter": str(adapter_folder.parent), "base": str(twin), "num_cpus": "0.5", "ingress_num_cpus": "0.1",

@@ -54,7 +54,7 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
     worker = Worker(config, get_device(), job["facts"])  # type: ignore[arg-type]
     step = first = worker.resume()
     log = _Log(config, first) if worker.rank == 0 else None
-    best = worker.run.best_loss()
+    best = worker.best_loss()
 
     def validate() -> None:
         nonlocal best
@@ -87,7 +87,6 @@ class _Log:
     def __init__(self, config: TrainerConfig, first: int) -> None:
         self.config, self.first = config, first
         self.run = Run(config.output)
-        self.run.rewind(first)
         self.start = self.before = time.monotonic()
         workers = config.workers
         print(

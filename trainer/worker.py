@@ -8,10 +8,10 @@ Imported in Ray Train workers only, after Ray has set DS_ACCELERATOR: DeepSpeed 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -28,6 +28,7 @@ from trainer.loss import noise_loss
 from trainer.run import Run
 
 TAG = "zero"  # folder of DeepSpeed's files within state/
+T = TypeVar("T")
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
 
 
@@ -71,10 +72,10 @@ class Worker:
         return self.engine.module
 
     def resume(self) -> int:
-        """Restore the newest good checkpoint and return its step; 0 for a new run."""
-        newest = [self.run.newest() if self.rank == 0 else 0]
-        dist.broadcast_object_list(newest)
-        step = newest[0]
+        """Restore the newest good checkpoint, drop metrics after it, and return its step; 0 for a new run."""
+        step = self._of_rank_0(self.run.newest)
+        if self.rank == 0:
+            self.run.rewind(step)
         if step:
             # DeepSpeed unpickles: only ever our own folder, whose seal `newest` has just checked
             self.engine.load_checkpoint(str(self.run.checkpoint(step) / "state"), tag=TAG)
@@ -108,7 +109,12 @@ class Worker:
                 loss = self._loss(self.adapter, batch)
             total += torch.tensor([loss.item() * len(batch[0]), len(batch[0])], device=self.device)
         dist.all_reduce(total)
+        dist.broadcast(total, 0)  # all ranks decide by it what is best: it must be one number to the last bit
         return (total[0] / total[1]).item()
+
+    def best_loss(self) -> float | None:
+        """Return the lowest validation loss of the run so far, as rank 0 reads it, on every rank."""
+        return self._of_rank_0(self.run.best_loss)
 
     def save(self, step: int) -> None:
         """Write checkpoints/step-N aside, every rank its state, rank 0 the adapter; then seal, rename, prune."""
@@ -132,6 +138,12 @@ class Worker:
                 self.run.folder / "best", **self.facts, step=step, validation_loss=validation_loss
             )
         dist.barrier()
+
+    def _of_rank_0(self, read: Callable[[], T]) -> T:
+        """Return what `read` gives on rank 0: files change under the other ranks, and all must decide alike."""
+        value: list[Any] = [read() if self.rank == 0 else None]
+        dist.broadcast_object_list(value)
+        return value[0]
 
     def _new_adapter(self) -> Adapter:
         """Return the adapter to train, on the device in fp32, the same on every rank."""

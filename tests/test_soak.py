@@ -1,0 +1,206 @@
+"""The long proofs, run by `make soak`; each leaves its table under docs/."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.test_factory import OVERRIDES, contents
+
+pytestmark = pytest.mark.soak
+REPO = Path(__file__).parent.parent
+
+
+def write_table(name: str, title: str, header: list[str], rows: list[list[object]]) -> None:
+    """Write docs/<name>.md: the table of one proof."""
+    lines = [f"# {title}", "", "Made by `make soak`.", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    (REPO / "docs" / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+_DRIVER = """
+    import os, signal, sys
+    import factory.store as s
+    from factory.__main__ import main
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    commit, count = s.Committer._commit, 0
+
+    def counted(self, operation, units):
+        global count
+        count += 1
+        kind = "append" if units else "update"
+        print(f"commit {count} {kind} {self._name}", flush=True)
+        if (sys.argv[1], sys.argv[2]) == (str(count), "before"):
+            die()
+        commit(self, operation, units)
+        if (sys.argv[1], sys.argv[2]) == (str(count), "after"):
+            die()
+
+    s.Committer._commit = counted
+    sys.exit(main(sys.argv[3:]))
+"""
+
+
+def _drive(
+    ray_address: str, films: Path, root: Path, at: str, where: str, kill_after: float | None = None
+) -> tuple[int, str]:
+    sets = [part for override in [*OVERRIDES, "commit_every=1"] for part in ("--set", override)]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(_DRIVER), at, where, "build", str(films), "--root", str(root), *sets],
+        cwd=REPO,
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, _ = driver.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        output, _ = driver.communicate()
+    return driver.returncode, output or ""
+
+
+def test_kill_matrix_of_the_driver(ray_session: str, films: Path, small_dataset: Path, tmp_path: Path) -> None:
+    """SIGKILL before and after each commit of a build, and at seeded random times; then the same command again."""
+    started = time.monotonic()
+    code, output = _drive(ray_session, films, tmp_path / "whole", "never", "never")
+    seconds = time.monotonic() - started
+    assert code == 0
+    commits = [line.split()[1:] for line in output.splitlines() if line.startswith("commit ")]
+    assert len(commits) >= 6
+    expected = contents(small_dataset)
+    assert contents(tmp_path / "whole") == expected
+    rng = random.Random(0)
+    cases = [
+        (number, f"{where} commit {number}, {kind} {table}", where)
+        for number, kind, table in commits
+        for where in ("before", "after")
+    ]
+    timed = [(f"after {delay:.1f} s", delay) for delay in (rng.uniform(2, seconds) for _ in range(8))]
+    rows: list[list[object]] = []
+    for index, (number, name, where) in enumerate(cases):
+        root = tmp_path / f"case{index}"
+        code, _ = _drive(ray_session, films, root, number, where)
+        rows.append(
+            [name, "killed" if code == -signal.SIGKILL else f"ended {code}", _again(ray_session, films, root, expected)]
+        )
+        assert code == -signal.SIGKILL, name
+    for index, (name, delay) in enumerate(timed):
+        root = tmp_path / f"timed{index}"
+        code, _ = _drive(ray_session, films, root, "never", "never", kill_after=delay)
+        rows.append(
+            [name, "killed" if code == -signal.SIGKILL else f"ended {code}", _again(ray_session, films, root, expected)]
+        )
+    title = "Kill matrix: SIGKILL of the driver, then the same command again"
+    write_table("kill-matrix", title, ["when", "first run", "tables after the second run"], rows)
+    assert {row[2] for row in rows} == {"equal to the undisturbed run's"}
+
+
+def _again(ray_address: str, films: Path, root: Path, expected: dict) -> str:
+    deadline = time.monotonic() + 60
+    while True:  # the killed driver's tasks may hold the root's files for a moment, never its lock
+        code, output = _drive(ray_address, films, root, "never", "never")
+        if code == 0:
+            return "equal to the undisturbed run's" if contents(root) == expected else "DIFFERENT"
+        if time.monotonic() > deadline:
+            return f"exit code {code}: {output[-200:]}"
+
+
+def test_a_full_size_step(tmp_path: Path) -> None:
+    """Optimise the full-size adapter on a full-size, random-weight UNet (fp32, batch 1, 16x16 latents)."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from trainer.adapter import Adapter, AdapterConfig
+    from trainer.loss import noise_loss
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8
+    ).requires_grad_(False)
+    adapter = Adapter.for_unet(unet, AdapterConfig(cross_attention_dim=768, embedding_dim=1280, dim=768))
+    adapter.attach(unet)
+    counted = [sum(p.numel() for p in module.parameters()) for module in (adapter, unet)]
+    counted[1] -= sum(p.numel() for p in adapter.ip_adapter.parameters())  # attached: counted with the UNet too
+    assert counted == [49_087_488, 859_520_964]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=0.01)
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 768), torch.randn(1, 257, 1280)
+    noise = torch.randn(1, 4, 16, 16)
+    losses, start = [], time.monotonic()
+    for _ in range(3):
+        loss = noise_loss(adapter(unet, *inputs), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    seconds = (time.monotonic() - start) / 3
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None for name, p in unet.named_parameters() if "_ip" not in name)
+    adapter.save_pretrained(tmp_path / "adapter")
+    rows = [["adapter parameters", counted[0]], ["UNet parameters", counted[1]], ["seconds per step", f"{seconds:.1f}"]]
+    rows += [[f"loss, step {i}", f"{loss:.4f}"] for i, loss in enumerate(losses, start=1)]
+    write_table("full-size-step", "A full-size step: SD v1.5's UNet with random weights, on CPU", ["", ""], rows)
+
+
+def test_overload(ray_session: str, twin: Path, tmp_path: Path) -> None:
+    """Ten times more clients than places for 60 s: what is accepted finishes, the rest gets 429 with Retry-After."""
+    import httpx
+    import torch
+    from ray import serve
+
+    from cluster.local import free_ports
+    from serving.app import build
+    from trainer.adapter import Adapter, AdapterConfig
+    from trainer.backbone import load_backbone
+
+    backbone = load_backbone(str(twin))
+    torch.manual_seed(0)
+    Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64)).save_pretrained(
+        tmp_path / "adapter", base={"id": backbone.id, "weights_hash": backbone.weights_hash}
+    )
+    (port,) = free_ports(1)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    arguments = {"adapter": str(tmp_path / "adapter"), "base": str(twin), "num_cpus": "0.5", "max_queued_requests": "2"}
+    serve.run(build(arguments), name="overload", route_prefix="/")
+    url, end = f"http://127.0.0.1:{port}/v1/images/generations", time.monotonic() + 60
+
+    def client(number: int) -> list[tuple[int, float]]:
+        answers = []
+        with httpx.Client(timeout=120) as http:
+            while time.monotonic() < end:
+                begun = time.monotonic()
+                reply = http.post(url, json={"prompt": "line art", "num_inference_steps": 20, "seed": number})
+                answers.append((reply.status_code, time.monotonic() - begun))
+                if reply.status_code == 429:
+                    assert int(reply.headers["Retry-After"]) >= 1
+                    assert json.loads(reply.text)["error"]["code"]
+                    time.sleep(0.5)
+        return answers
+
+    try:
+        with ThreadPoolExecutor(40) as pool:
+            answers = [answer for answers in pool.map(client, range(40)) for answer in answers]
+        alone = httpx.post(url, json={"prompt": "line art", "num_inference_steps": 20}, timeout=60)
+    finally:
+        serve.shutdown()
+    counts = {status: sum(status == s for s, _ in answers) for status in sorted({s for s, _ in answers})}
+    assert set(counts) == {200, 429}
+    assert alone.status_code == 200
+    refused = sorted(seconds for status, seconds in answers if status == 429)
+    rows: list[list[object]] = [[f"answers {status}", count] for status, count in counts.items()]
+    rows += [["median time to a refusal", f"{1000 * refused[len(refused) // 2]:.0f} ms"]]
+    rows += [["slowest accepted request", f"{max(s for status, s in answers if status == 200):.1f} s"]]
+    write_table("overload", "Overload: 40 clients, one replica with room for 4 requests, 60 s", ["", ""], rows)
