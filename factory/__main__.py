@@ -62,14 +62,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     args = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
-    from factory.store import DamagedData, DatasetBusy
+    from factory.store import DamagedData, DatasetBusy, NotFinished
 
     try:
         return _run(args)
     except (ValueError, FileNotFoundError) as error:
         cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
         print(f"factory: {cause}", file=sys.stderr)
-        return UNFINISHED if isinstance(cause, (DatasetBusy, DamagedData)) else USAGE
+        return UNFINISHED if isinstance(cause, DatasetBusy | DamagedData | NotFinished) else USAGE
+    except OSError as error:
+        print(f"factory: {error}. What was committed is kept: run the same command again.", file=sys.stderr)
+        return UNFINISHED
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -98,17 +101,22 @@ def _run(args: argparse.Namespace) -> int:
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
     with ray_session(), store.lock():
+        built: set[str] = set()
         if args.verb == "build":
-            pipeline.build(store, paths, config)
+            built = pipeline.build(store, paths, config)
         else:
             getattr(pipeline, args.verb)(store, config)
         write_atomic(store.settings_file, json.dumps(asdict(config), indent=2) + "\n")
     counts = status.funnel(store)
     print(status.describe(counts), flush=True)
-    if status.unfinished(counts):
-        return UNFINISHED
-    failed = args.verb == "build" and counts["failed_sources"] and not args.allow_failures
-    return SOURCES_FAILED if failed else DONE
+    verb = status.next_verb(counts)
+    if verb is not None:
+        print(f"next: python -m factory {verb} --root {args.root}", flush=True)
+        if verb == args.verb or args.verb == "build":
+            return UNFINISHED
+    sources = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
+    failed = any(row["status"] in ("failed", "partial") for row in sources if row["source_id"] in built)
+    return SOURCES_FAILED if failed and not args.allow_failures else DONE
 
 
 if __name__ == "__main__":

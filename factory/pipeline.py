@@ -3,62 +3,113 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 from factory import quality, schema, tasks, video
 from factory.config import FactoryConfig
-from factory.progress import Progress
-from factory.store import Committer, Store, check_keys
+from factory.stage import Progress, Row, run, run_tasks, update
+from factory.store import Committer, NotFinished, Store, check_keys
 
 
-def build(store: Store, sources: list[str], config: FactoryConfig) -> None:
-    """Run all stages over `sources` (paths), in a locked root: what an earlier run committed is not done again."""
+def build(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
+    """Run all stages over the films at `paths`, in a locked root; return their source_ids.
+
+    What an earlier run committed is not done again.
+    """
     store.create()
-    decode(store, sources, config)
+    sources = decode(store, paths, config)
     select(store, config)
     sketch(store, config)
     caption(store, config)
     for name in schema.TABLES:
         check_keys(store, name)
+    return sources
 
 
-def decode(store: Store, paths: list[str], config: FactoryConfig) -> None:
-    """Find, describe and decode sources into the candidates table."""
-    add_sources(store, paths, config)
+def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
+    """Find, describe and decode the films at `paths` into the candidates table; return their source_ids.
+
+    A segment whose worker died or was too slow is not committed: the next run tries it again.
+    """
+    built = add_sources(store, paths, config)
     committer = Committer(store, "candidates", every=config.commit_every)
-    committer.flush()
     _refuse_other_settings(store, config)
     known = store.table("sources").to_table().to_pylist()
-    segments = [s for source in known if source["status"] != "failed" for s in video.segments_of(source)]
-    missing = [segment for segment in segments if segment.segment_id not in committer.done]
-    _run("decode", "segments", tasks.DecodeSegment(store, config), [asdict(s) for s in missing], committer, config)
-    _close_sources(store, config)
+    open_sources = [row for row in known if row["source_id"] in built or row["status"] == "pending"]
+    segments = [segment for row in open_sources for segment in video.segments_of(row)]
+    missing = [asdict(segment) for segment in segments if segment.segment_id not in committer.done]
+    failures = run("decode", "segments", tasks.DecodeSegment(store, config), missing, committer, config)
+    close_sources(store, committer.done, {failure["source_id"]: failure["error"] for failure in failures})
+    return built
 
 
-def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> None:
-    """Describe the files at `paths` (hash, container facts) and append those that are new to the sources table."""
+def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
+    """Describe the files at `paths` (hash, container facts), append the new ones to the sources table.
+
+    Return their source_ids. The same bytes under two names are one source; a known one that was moved gets its new
+    path, one that could not be opened is looked at again.
+    """
     committer = Committer(store, "sources", every=1)
-    committer.flush()
-    known = set(store.table("sources").to_table(columns=["source_id"])["source_id"].to_pylist())
-    rows: dict[str, dict[str, Any]] = {}
+    known = {row["source_id"]: row for row in store.table("sources").to_table(with_row_address=True).to_pylist()}
+    found: dict[str, Row] = {}
     progress = Progress("sources", "files", len(paths))
-    for row in _map(tasks.DescribeSource(config), [{"uri": path} for path in paths], config):
+    for row in run_tasks(tasks.DescribeSource(config), [{"uri": path} for path in paths], config):
         described = json.loads(row["json"])
+        first = found.setdefault(described["source_id"], described)
+        first["uri"] = min(first["uri"], described["uri"])
         progress.step()
-        if described["source_id"] not in known:
-            first = rows.setdefault(described["source_id"], described)
-            first["uri"] = min(first["uri"], described["uri"])  # the same bytes under two names are one source
-    if rows:
-        new = [rows[key] for key in sorted(rows)]
-        committer.add(store.write_unit("sources", tasks.unit("sources", sorted(rows)), new))
+    new = [found[key] for key in sorted(found.keys() - known.keys())]
+    if new:
+        committer.add(store.write_unit("sources", tasks.unit("sources", [row["source_id"] for row in new]), new))
+    columns = ("uri", "collection", "error", *video.FACTS)
+    changed = []
+    for key in sorted(found.keys() & known.keys()):
+        old, now = known[key], found[key]
+        opened = old["segment_starts"] is not None  # its segments stay as they were first cut
+        if (opened and old["uri"] in paths) or (not opened and now["status"] == "failed"):
+            continue
+        facts = {name: (old if opened else now).get(name) for name in columns}
+        moved = {"uri": now["uri"], "collection": now["collection"]}
+        changed.append({"source_id": key, "_rowaddr": old["_rowaddr"], **facts, **moved})
+    update(store, "sources", changed)
+    return set(found)
+
+
+def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
+    """Write status, error and counts of each source from its candidates, and from this run's `errors` by source_id."""
+    rows = store.table("candidates").to_table(columns=["source_id", "status", "reason", "shot"]).to_pylist()
+    by_source: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_source[row["source_id"]].append(row)
+    changed = []
+    for source in store.table("sources").to_table(with_row_address=True).to_pylist():
+        key = source["source_id"]
+        if not source["segment_starts"]:
+            continue  # it never opened; its error says why
+        good = [row for row in by_source[key] if row["status"] != "failed"]
+        reasons = [row["reason"] for row in by_source[key] if row["status"] == "failed"]
+        reasons += [errors[key]] if key in errors else []
+        missing = any(segment.segment_id not in done for segment in video.segments_of(source))
+        facts = {
+            "status": ("partial" if good else "failed") if reasons else "pending" if missing else "ok",
+            "error": reasons[0] if reasons else None,
+            "shots": len({row["shot"] for row in good}),
+            "candidates": len(good),
+        }
+        if any(source[name] != value for name, value in facts.items()):
+            changed.append({"source_id": key, "_rowaddr": source["_rowaddr"], **facts})
+    update(store, "sources", changed)
 
 
 def select(store: Store, config: FactoryConfig) -> None:
     """Decide every candidate from its stored scores; append newly kept frames to the samples, update `selected`."""
+    states = store.table("sources").to_table(columns=["status"])["status"].to_pylist()
+    if "pending" in states:
+        raise NotFinished(
+            f"{states.count('pending')} source(s) are not decoded to their end. Run the same build again."
+        )
     fingerprint = config.fingerprints()["select"]
     names = ["frame_id", "source_id", "status", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
     names += ["width", "height", "sharpness", "brightness", "contrast", "phash", "embedding"]
@@ -71,19 +122,21 @@ def select(store: Store, config: FactoryConfig) -> None:
             if any(row[name] != value for name, value in new.items()):
                 changed.append({"frame_id": row["frame_id"], "_rowaddr": row["_rowaddr"], **new})
     # One transaction: a selection is complete or it never was, so "kept by an earlier one" survives a crash.
-    _update(store, "candidates", changed)
+    update(store, "candidates", changed)
 
     kept = {frame: row for frame, row in decisions.items() if row["status"] == "kept"}
     committer = Committer(store, "samples", every=config.commit_every)
-    committer.flush()
-    samples = store.table("samples").to_table(columns=["frame_id", "selected"], with_row_address=True).to_pylist()
-    flips = [dict(row, selected=not row["selected"]) for row in samples if row["selected"] != (row["frame_id"] in kept)]
-    _update(store, "samples", flips)
+    columns = ["frame_id", "source_id", "selected", "split"]
+    samples = store.table("samples").to_table(columns=columns, with_row_address=True).to_pylist()
+    flips = [row for row in samples if row["selected"] != (row["frame_id"] in kept)]
+    names = ("frame_id", "_rowaddr")
+    update(store, "samples", [{name: row[name] for name in names} | {"selected": not row["selected"]} for row in flips])
     present = {row["frame_id"] for row in samples}
     new = sorted((row["frame_id"], row["_rowaddr"]) for row in candidates if row["frame_id"] in kept.keys() - present)
     units = [new[i : i + config.samples_per_unit] for i in range(0, len(new), config.samples_per_unit)]
     rows = [{"addresses": [address for _, address in unit]} for unit in units]
-    _run("select", "units of samples", tasks.AppendSamples(store, config), rows, committer, config)
+    splits = {row["source_id"]: row["split"] for row in samples}  # a source keeps its split: frames never leak
+    run("select", "units of samples", tasks.AppendSamples(store, config, splits), rows, committer, config)
 
 
 def sketch(store: Store, config: FactoryConfig) -> None:
@@ -106,43 +159,7 @@ def _update_samples(store: Store, config: FactoryConfig, stage: str, task: Calla
             stale[row["_rowaddr"] >> 32].append(row["_rowaddr"])
     rows = [{"fragment": fragment, "addresses": sorted(addresses)} for fragment, addresses in sorted(stale.items())]
     committer = Committer(store, "samples", every=config.commit_every)
-    _run(stage, "units of samples", task, rows, committer, config)
-
-
-def _update(store: Store, name: str, rows: list[dict[str, Any]]) -> None:
-    """Change columns of rows (with `_rowaddr`) of table `name` in one transaction."""
-    fragments: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        fragments[row["_rowaddr"] >> 32].append({key: value for key, value in row.items() if key != "_rowaddr"})
-    committer = Committer(store, name, every=len(fragments) + 1)
-    for fragment, changed in sorted(fragments.items()):
-        committer.add(store.write_updates(name, fragment, changed))
-    committer.flush()
-
-
-def _close_sources(store: Store, config: FactoryConfig) -> None:
-    """Write status, error and counts of each source from its candidates."""
-    rows = store.table("candidates").to_table(columns=["source_id", "status", "reason", "shot"]).to_pylist()
-    by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_source[row["source_id"]].append(row)
-    changed = []
-    sources = store.table("sources").to_table(with_row_address=True).to_pylist()
-    for source in sources:
-        if source["segment_starts"] is None:
-            continue  # it never opened; its error says why
-        found = by_source[source["source_id"]]
-        errors = [row["reason"] for row in found if row["status"] == "failed"]
-        good = [row for row in found if row["status"] != "failed"]
-        facts = {
-            "status": "ok" if not errors else "partial" if good else "failed",
-            "error": errors[0] if errors else None,
-            "shots": len({row["shot"] for row in good}),
-            "candidates": len(good),
-        }
-        if any(source[name] != value for name, value in facts.items()):
-            changed.append({"source_id": source["source_id"], "_rowaddr": source["_rowaddr"], **facts})
-    _update(store, "sources", changed)
+    run(stage, "units of samples", task, rows, committer, config)
 
 
 def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
@@ -153,29 +170,3 @@ def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
             f"Dataset {store.root} was decoded with other video settings or another version (fingerprint "
             f"{others.pop()}, now {config.fingerprints()['decode']}). Use those settings, or a new --root."
         )
-
-
-def _run(
-    stage: str, noun: str, task: Callable, rows: list[dict[str, Any]], committer: Committer, config: FactoryConfig
-) -> None:
-    """Run `task` over `rows` with Ray Data and hand each entry to the committer as it comes."""
-    progress = Progress(stage, noun, len(rows))
-    for row in _map(task, rows, config):
-        entry = json.loads(row["entry"])
-        committer.add(entry)
-        progress.step(entry["rows"])
-    committer.flush()
-
-
-def _map(task: Callable, rows: list[dict[str, Any]], config: FactoryConfig) -> Iterable[dict[str, Any]]:
-    """Yield task(row) for all rows, one Ray task each, as they are done."""
-    import ray.data
-
-    if not rows:
-        return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the stages print their own
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(task, num_cpus=config.num_cpus)
-    yield from data.iter_rows()

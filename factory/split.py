@@ -11,7 +11,7 @@ from factory.settings import STRICT
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which sources are held out for validation. A sample keeps the split that it was added with."""
+    """Which sources are held out for validation. A source keeps the split of its first samples."""
 
     __pydantic_config__ = STRICT
 

@@ -62,7 +62,12 @@ def describe(counts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def unfinished(counts: dict[str, Any]) -> bool:
-    """Return whether a stage is still to be run."""
-    pending = counts["sources"].get("pending", 0) + counts["undecided"]
-    return bool(pending or counts["sketched"] < counts["samples"] or counts["captioned"] < counts["samples"])
+def next_verb(counts: dict[str, Any]) -> str | None:
+    """Return the command that does what is still to be done first, or None when nothing is."""
+    if counts["sources"].get("pending"):
+        return "build"
+    if counts["undecided"]:
+        return "select"
+    if counts["sketched"] < counts["samples"]:
+        return "sketch"
+    return "caption" if counts["captioned"] < counts["samples"] else None

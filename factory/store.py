@@ -43,6 +43,10 @@ class DatasetBusy(StoreError):
     """Another process writes to the dataset root."""
 
 
+class NotFinished(StoreError):
+    """An earlier stage has to end first."""
+
+
 class DamagedData(StoreError):
     """Stored bytes do not match what was recorded of them."""
 
@@ -65,7 +69,7 @@ class Store:
             raise StoreError(f"Dataset root {self.root} is a file. Give a folder.")
         self.root.mkdir(parents=True, exist_ok=True)
         for name, columns in schema.TABLES.items():
-            if not os.path.exists(self.uri(name)):
+            if not any(Path(self.uri(name), "_versions").glob("*.manifest")):  # absent, or killed while it was made
                 lance.write_dataset(
                     columns.empty_table(),
                     self.uri(name),
@@ -133,9 +137,19 @@ class Store:
                 mode="append",
                 data_storage_version=schema.STORAGE_VERSION,
             )
-        entry = {"unit": unit, "rows": len(rows), "fragments": [fragment.to_json() for fragment in fragments]}
+        files = {
+            str(file.relative_to(self.uri(name))): _settled(file) for f in fragments for file in self._files(name, f)
+        }
+        entry = {"unit": unit, "rows": len(rows), "fragments": [f.to_json() for f in fragments], "files": files}
         write_atomic(path, json.dumps(entry))
         return entry
+
+    def _files(self, name: str, fragment: FragmentMetadata) -> Iterator[Path]:
+        """Yield the files of a fragment: its data files, and the pictures that lie in a folder beside each."""
+        for part in fragment.files:
+            file = Path(self.uri(name), "data", part.path)
+            yield file
+            yield from sorted(file.with_suffix("").glob("*"))
 
     def write_updates(self, name: str, fragment_id: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Write new values of some columns for rows of one fragment; return the entry for Committer.add.
@@ -151,9 +165,14 @@ class Store:
         return {"unit": f"update-{fragment_id}", "rows": 0, "updated": metadata.to_json(), "fields": list(fields)}
 
     def committed_units(self, name: str) -> set[str]:
-        """Return the units named by the transactions in the history of table `name`."""
+        """Return the units named by the transactions in the history of table `name`, or by its rows.
+
+        History can be pruned by a clean-up; a unit whose rows are there is done all the same.
+        """
         table = self.table(name)
         units: set[str] = set()
+        if "segment_id" in table.schema.names:
+            units.update(table.to_table(columns=["segment_id"])["segment_id"].unique().to_pylist())
         for version in table.versions():
             transaction = table.read_transaction(version["version"])
             units.update(json.loads(((transaction and transaction.transaction_properties) or {}).get(_UNITS, "[]")))
@@ -194,13 +213,12 @@ class Committer:
         self._store, self._name, self._every = store, name, every
         self.done = store.committed_units(name)
         self._queue: list[dict[str, Any]] = []
-        self.recovered = 0
         for entry in store.ledger(name):
             if entry["unit"] in self.done:
                 store._strike(name, entry["unit"])
             else:
-                self.recovered += 1
-                self.add(entry)
+                self._queue.append(entry)
+        self.flush()
 
     def add(self, entry: dict[str, Any]) -> None:
         """Queue an entry of write_unit or of write_updates; commit when enough are queued."""
@@ -227,17 +245,17 @@ class Committer:
             self._store._strike(self._name, unit)
 
     def _append(self, entries: dict[str, dict[str, Any]]) -> None:
-        fragments = [
-            FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
-        ]
-        for fragment in fragments:
-            for file in fragment.files:
-                path = os.path.join(self._store.uri(self._name), "data", file.path)
-                if not os.path.exists(path) or os.path.getsize(path) != file.file_size_bytes:
+        for entry in entries.values():
+            for name, size in entry["files"].items():
+                path = Path(self._store.uri(self._name), name)
+                if not path.exists() or path.stat().st_size != size:
                     raise DamagedData(
                         f"{path} was written for a unit of work and is gone or cut short. Remove "
                         f"{self._store.root / '_ledger'} and run again: the units that are not committed are redone."
                     )
+        fragments = [
+            FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
+        ]
         before = self._store.table(self._name).count_rows()
         self._commit(LanceOperation.Append(fragments), sorted(entries))
         after = self._store.table(self._name).count_rows()
@@ -259,6 +277,13 @@ class Committer:
             if not units or not set(units) <= self._store.committed_units(self._name):
                 raise
         self.done.update(units)
+
+
+def _settled(file: Path) -> int:
+    """Flush a file to the disk and return its size in bytes."""
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+        return os.fstat(handle.fileno()).st_size
 
 
 def check_keys(store: Store, name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,11 +44,16 @@ class DecodeSegment:
         segment, limits = Segment(**row), self._config.video
         deadline = limits.deadline_seconds + limits.deadline_per_second * (segment.end - segment.start)
         rows: list[dict[str, Any]] = []
+        if not os.path.exists(segment.uri):
+            error = f"decode: {segment.uri} is gone. Build again with the path where it is now."
+            return {"entry": json.dumps({"error": error, "source_id": segment.source_id})}
         try:
             for candidate in worker.run_killable(
                 "factory.video:candidate_frames", segment, limits, deadline_seconds=deadline
             ):
                 rows.append(candidate | {"decode_fingerprint": self._fingerprint})
+        except worker.WorkerEnded as error:
+            return {"entry": json.dumps({"error": f"decode: {error}", "source_id": segment.source_id})}
         except worker.WorkerFailed as error:
             rows.append(self._failed(segment, rows, str(error)))
         entry = self._store.write_unit("candidates", segment.segment_id, rows)
@@ -71,8 +77,9 @@ class DecodeSegment:
 class AppendSamples:
     """Addresses of kept candidates -> their samples rows, written as a unit: pictures and scores are copied once."""
 
-    def __init__(self, store: Store, config: FactoryConfig) -> None:
-        self._store, self._config, self._fingerprints = store, config, config.fingerprints()
+    def __init__(self, store: Store, config: FactoryConfig, splits: dict[str, str]) -> None:
+        """Take the `splits` that sources have already, by source_id; the configuration decides for the others."""
+        self._store, self._config, self._fingerprints, self._splits = store, config, config.fingerprints(), splits
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         addresses = [int(address) for address in row["addresses"]]
@@ -89,7 +96,7 @@ class AppendSamples:
             rows.append(
                 candidate
                 | {"image": picture, "selected": True, "review": "pending", "stages": stages}
-                | {"split": split_of(source, uri_of[source], self._config.split)}
+                | {"split": self._splits.get(source) or split_of(source, uri_of[source], self._config.split)}
             )
         name = unit("samples", [row["frame_id"] for row in rows])
         return {"entry": json.dumps(self._store.write_unit("samples", name, rows))}

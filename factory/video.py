@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from factory.settings import STRICT
 VERSION = "1"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = ("segment_seconds", "decode_threads", "deadline_seconds", "deadline_per_second")
+_REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -fflags +genpts OUT.mkv"
+# Columns of a `sources` row that describe what is in the file.
+FACTS = ("container", "codec", "width", "height", "fps", "start_time", "duration", "segment_starts", "status")
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 
 
@@ -88,7 +91,7 @@ def find_sources(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         if os.path.isdir(pattern):
             here = [str(p) for p in Path(pattern).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-        elif os.path.exists(pattern):
+        elif os.path.isfile(pattern):
             here = [pattern]
         else:
             here = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
@@ -121,20 +124,16 @@ def _probe(uri: str, config: VideoConfig) -> dict[str, Any]:
     with av.open(uri) as container:
         if not container.streams.video:
             raise ValueError("the file has no video stream")
+        if container.format.name == "mpegts":
+            raise ValueError(f"the decoder misplaces frames of MPEG-TS. {_REMUX}")
         stream = container.streams.video[0]
-        tick = stream.time_base or Fraction(1, 1)  # s
-        times = sorted(
-            float(packet.pts * tick)
-            for packet in container.demux(stream)
-            if packet.pts is not None and packet.is_keyframe
-        )
-        if not times:
+        times, keys = _packets(container)
+        if not keys:
             raise ValueError("the video stream has no key frame")
-        length = float(stream.duration * tick) if stream.duration else (container.duration or 0) / 1e6
         starts = [0.0]
-        for time in times:
-            if time - times[0] - starts[-1] >= config.segment_seconds:
-                starts.append(time - times[0])
+        for key in keys:
+            if key - times[0] - starts[-1] >= config.segment_seconds:
+                starts.append(key - times[0])
         return {
             "container": container.format.name,
             "codec": stream.codec_context.name,
@@ -142,15 +141,26 @@ def _probe(uri: str, config: VideoConfig) -> dict[str, Any]:
             "height": stream.height,
             "fps": float(stream.average_rate or 0),
             "start_time": times[0],
-            "duration": length,
+            "duration": times[-1] - times[0] + (float(1 / stream.average_rate) if stream.average_rate else 0.0),
             "segment_starts": starts,
         }
+
+
+def _packets(container: Any) -> tuple[list[float], list[float]]:
+    """Return the time stamps (s) of all frames and of the key frames of the first video stream, in order of showing."""
+    stream = container.streams.video[0]
+    found = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    if any(pts is None for pts, _ in found):
+        raise ValueError(f"the stream has frames without time stamp. {_REMUX}")
+    found.sort()
+    tick = stream.time_base
+    return [float(pts * tick) for pts, _ in found], [float(pts * tick) for pts, key in found if key]
 
 
 def segments_of(source: dict[str, Any]) -> list[Segment]:
     """Return the segments of a `sources` row, from the starts recorded when the source was first seen."""
     starts = source["segment_starts"] or []
-    ends = [*starts[1:], max(source["duration"] or 0.0, starts[-1]) + 1.0] if starts else []
+    ends = [*starts[1:], source["duration"] + 1.0] if starts else []
     return [
         Segment(source_id=source["source_id"], uri=source["uri"], start=start, end=end)
         for start, end in zip(starts, ends, strict=True)
@@ -163,8 +173,8 @@ def candidate_frames(segment: Segment, config: VideoConfig) -> Iterator[dict[str
     Raises RuntimeError where the file stops being readable; the rows yielded before stay good.
     """
     cv2.setNumThreads(1)
-    for shot in _shots(_decode(segment, config), config):
-        if segment.start <= shot.start < segment.end:
+    for shot in _shots(_decode(segment, config), config, until=segment.end):
+        if shot.start >= segment.start:
             yield _row(segment, shot, config)
 
 
@@ -187,13 +197,17 @@ class _Shot:
 
 def _decode(segment: Segment, config: VideoConfig) -> Iterator[tuple[int, float, float, np.ndarray]]:
     """Yield (index, timestamp s, average fps, RGB frame) from the segment's overlap to the bound of its last shot."""
+    import av
     import decord
 
+    with av.open(segment.uri) as container:
+        times = np.asarray(_packets(container)[0])
+    times -= times[0]
+    if np.any(np.diff(times) <= 0):
+        raise RuntimeError(f"the stream's time stamps do not increase. {_REMUX}")
     reader = decord.VideoReader(segment.uri, num_threads=config.decode_threads)
-    times = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
-    times = times - times[0]
-    if len(times) > 1 and np.any(np.diff(times) <= 0):
-        raise RuntimeError("the stream's time stamps do not increase")
+    if len(reader) != len(times):
+        raise RuntimeError(f"the decoder counts {len(reader)} frames, the container {len(times)}. {_REMUX}")
     first = int(np.searchsorted(times, segment.start - config.overlap_seconds)) if segment.start > 0 else 0
     last = int(np.searchsorted(times, segment.end + config.max_shot_seconds))
     height, width = reader[first].shape[:2]
@@ -204,8 +218,13 @@ def _decode(segment: Segment, config: VideoConfig) -> Iterator[tuple[int, float,
             yield index, float(times[index]), reader.get_avg_fps(), image
 
 
-def _shots(frames: Iterator[tuple[int, float, float, np.ndarray]], config: VideoConfig) -> Iterator[_Shot]:
-    """Yield shots with their best frame, holding in memory that frame and the few that the detector looks back on."""
+def _shots(
+    frames: Iterator[tuple[int, float, float, np.ndarray]], config: VideoConfig, *, until: float = math.inf
+) -> Iterator[_Shot]:
+    """Yield the shots that start before `until` (s) with their best frame.
+
+    In memory are that frame and the few that the detector looks back on.
+    """
     from scenedetect import FrameTimecode
     from scenedetect.detectors import AdaptiveDetector
 
@@ -237,7 +256,8 @@ def _shots(frames: Iterator[tuple[int, float, float, np.ndarray]], config: Video
             if frame.sharpness > shot.best.sharpness:
                 shot.best = frame
 
-    for index, timestamp, fps, image in frames:
+    failures: list[Exception] = []
+    for index, timestamp, fps, image in _readable(frames, failures):
         if detector is None:
             fps = fps or 25.0
             least = max(1, round(config.min_shot_seconds * fps))
@@ -255,9 +275,23 @@ def _shots(frames: Iterator[tuple[int, float, float, np.ndarray]], config: Video
         )
         if len(recent) > detector.event_buffer_length + 1:
             yield from closed(recent.popleft())
+            if shot is not None and shot.start >= until:
+                return
     while recent:
         yield from closed(recent.popleft())
+        if shot is not None and shot.start >= until:
+            return
     yield from closed(None)
+    if failures:
+        raise failures[0]
+
+
+def _readable(frames: Iterator[Any], failures: list[Exception]) -> Iterator[Any]:
+    """Yield `frames` up to where they break, and put the error there: the shot that was running counts so far."""
+    try:
+        yield from frames
+    except Exception as error:
+        failures.append(error)
 
 
 def _row(segment: Segment, shot: _Shot, config: VideoConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A video library can spin for ever while it holds the GIL, so a deadline inside t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -21,13 +22,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class WorkerFailed(RuntimeError):
-    """The generator raised, its process died, or it took longer than its deadline."""
+    """The generator raised: with the same input it would again."""
+
+
+class WorkerEnded(WorkerFailed):
+    """The process died or took longer than its deadline: on a less busy machine it might not."""
 
 
 def run_killable(function: str, *args: Any, deadline_seconds: float) -> Iterator[Any]:
     """Yield what the generator `function` ("module:name") yields for `args`, from a process of its own.
 
-    Raises WorkerFailed with the child's own words when it fails, and after killing it when it is not done in time.
+    Raises WorkerFailed with the generator's own words, WorkerEnded when the process died or was not done in time.
     What was yielded before stays good.
     """
     ours, theirs = Pipe()
@@ -43,17 +48,18 @@ def run_killable(function: str, *args: Any, deadline_seconds: float) -> Iterator
         )
         theirs.close()
         try:
-            ours.send((function, args))
+            with contextlib.suppress(ConnectionError):  # a child that died at once is reported below
+                ours.send((function, args))
             while True:
                 if not ours.poll(max(0.0, end - time.monotonic())):
-                    raise WorkerFailed(f"not finished after {deadline_seconds:g} s: the process was ended")
+                    raise WorkerEnded(f"not finished after {deadline_seconds:g} s: the process was ended")
                 try:
                     kind, value = ours.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):
                     code = child.wait()
                     words.seek(0)
                     last = words.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-                    raise WorkerFailed(f"the process ended with code {code}: {last[0]}") from None
+                    raise WorkerEnded(f"the process ended with code {code}: {last[0]}") from None
                 if kind == "end":
                     return
                 if kind == "error":

@@ -16,9 +16,10 @@ import lance
 import pytest
 
 from factory import pipeline, schema, settings, status, video
-from factory.__main__ import SOURCES_FAILED, USAGE, main
+from factory.__main__ import SOURCES_FAILED, UNFINISHED, USAGE, main
 from factory.config import FactoryConfig, micro
 from factory.store import Store
+from tests.test_video import patterns, write_film
 
 REPO = Path(__file__).parent.parent
 OVERRIDES = ["split.holdout=[toon-01.mp4]", "split.validation_share=0"]
@@ -145,25 +146,94 @@ def test_bad_files_are_rows_and_their_neighbours_are_complete(
 ) -> None:
     sources = tmp_path / "series"
     shutil.copytree(films, sources)
-    whole = (films / "toon-00.mp4").read_bytes()
-    (sources / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    for name, options in (("cut.mp4", {"movflags": "faststart"}), ("lost.mp4", {})):  # index first; index at the end
+        path = write_film(sources / name, patterns(6, 24), **options)
+        os.truncate(path, path.stat().st_size * 2 // 3)
     (sources / "text.mp4").write_text("this is no film")
     root = tmp_path / "root"
     sets = [part for override in OVERRIDES for part in ("--set", override)]
     arguments = ["build", str(sources), "--root", str(root), *sets]
     assert main(arguments) == SOURCES_FAILED
     assert main([*arguments, "--allow-failures"]) == 0
-    rows = Store(str(root)).table("sources").to_table(columns=["uri", "status", "error"]).to_pylist()
+    rows = Store(str(root)).table("sources").to_table(columns=["uri", "status", "error", "candidates"]).to_pylist()
     found = {Path(row["uri"]).name: row for row in rows}
     assert {name: row["status"] for name, row in found.items()} == {
         "toon-00.mp4": "ok",
         "toon-01.mp4": "ok",
-        "cut.mp4": "failed",
+        "cut.mp4": "partial",  # its readable beginning is kept, the rest is a failed candidate
+        "lost.mp4": "failed",
         "text.mp4": "failed",
     }
     assert "Invalid data" in found["text.mp4"]["error"]
+    assert "decode" in found["cut.mp4"]["error"]
+    assert found["cut.mp4"]["candidates"] >= 2
     assert contents(root)["samples"] == contents(small_dataset)["samples"]
     assert "cut.mp4" in capsys.readouterr().out
+
+
+def test_a_film_that_moved_goes_on_where_it_is_now(
+    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, root = tmp_path / "series", tmp_path / "root"
+    shutil.copytree(films, folder)
+    store = Store(str(root))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.build(store, video.find_sources([str(folder)]), _config())
+    assert status.next_verb(status.funnel(store)) == "build"
+    folder.rename(tmp_path / "moved")
+    assert main(["select", "--root", str(root)]) == UNFINISHED
+    pipeline.build(store, video.find_sources([str(tmp_path / "moved")]), _config())
+    assert contents(root)["samples"] == contents(small_dataset)["samples"]
+    uris = store.table("sources").to_table(columns=["uri"])["uri"].to_pylist()
+    assert {Path(uri).parent.name for uri in uris} == {"moved"}
+
+
+def test_a_segment_that_was_too_slow_is_tried_again(
+    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path / "root"))
+    paths = video.find_sources([str(films)])
+    hurried = _config("video.deadline_seconds=0.01", "video.deadline_per_second=0")
+    pipeline.build(store, paths, hurried)
+    rows = store.table("sources").to_table(columns=["status", "error"]).to_pylist()
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert all("not finished after 0.01 s" in row["error"] for row in rows)
+    pipeline.build(store, paths, _config())
+    assert contents(tmp_path / "root") == contents(small_dataset)
+
+
+def test_a_source_keeps_its_split(ray_session: str, small_dataset: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(small_dataset, root)
+    store = Store(str(root))
+    rows = _rows(store)
+    strictest = sorted(row["sharpness"] for row in rows)[len(rows) // 2]
+    root2 = tmp_path / "strict"
+    shutil.copytree(small_dataset, root2)
+    shutil.rmtree(root2 / "samples.lance")
+    strict = Store(str(root2))
+    strict.create()
+    pipeline.select(strict, _config(f"selection.min_sharpness={strictest}"))
+    fewer = len(_rows(strict))
+    pipeline.select(strict, settings.load(micro(), None, ["split.validation_share=0"]))  # the holdout is not repeated
+    assert 0 < fewer < len(_rows(strict)) == len(rows)
+    assert {r["frame_id"]: r["split"] for r in _rows(strict)} == {r["frame_id"]: r["split"] for r in rows}
+
+
+def test_a_damaged_picture_is_named_and_not_passed_on(
+    ray_session: str, small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(small_dataset, root)
+    for file in (root / "samples.lance" / "data").rglob("*.blob"):
+        data = bytearray(file.read_bytes())
+        for place in range(1000, len(data), 997):
+            data[place] ^= 0xFF
+        file.write_bytes(data)
+    assert main(["sketch", "--root", str(root), "--set", "sketch.size=240"]) == UNFINISHED
+    assert "does not match its sha256" in capsys.readouterr().err
 
 
 def test_the_same_bytes_under_two_names_are_one_source(ray_session: str, films: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from datetime import timedelta
 from pathlib import Path
 
 import lance
@@ -133,6 +134,32 @@ def test_a_fragment_that_is_gone_or_cut_is_not_committed(store: Store) -> None:
     with pytest.raises(DamagedData, match="cut short"):
         Committer(store, "candidates", every=1).add(entry)
     assert _ids(store) == []
+
+
+def test_a_picture_that_is_gone_is_noticed_before_the_commit(store: Store) -> None:
+    rows = [row | {"image": bytes(6_000_000)} for row in _rows(0)]  # large pictures lie in files of their own
+    entry = store.write_unit("candidates", "u0", rows)
+    beside = [name for name in entry["files"] if not name.endswith(".lance")]
+    assert beside
+    Path(store.uri("candidates"), beside[0]).unlink()
+    with pytest.raises(DamagedData, match="is gone"):
+        Committer(store, "candidates", every=1).add(entry)
+
+
+def test_units_are_known_by_their_rows_when_the_history_was_pruned(store: Store) -> None:
+    committer = Committer(store, "candidates", every=1)
+    for unit in range(3):
+        committer.add(store.write_unit("candidates", f"u{unit}", _rows(unit)))
+    store.table("candidates").cleanup_old_versions(older_than=timedelta(0))
+    assert len(store.table("candidates").versions()) == 1
+    assert Committer(store, "candidates", every=1).done >= {"u0", "u1", "u2"}
+
+
+def test_a_table_that_was_half_made_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "root" / "sources.lance" / "_versions").mkdir(parents=True)
+    store = Store(str(tmp_path / "root"))
+    store.create()
+    assert store.table("sources").count_rows() == 0
 
 
 def test_updates_change_columns_and_leave_pictures(store: Store) -> None:

@@ -131,6 +131,26 @@ def test_what_is_no_film_is_a_failed_row(tmp_path: Path, name: str, content: byt
     assert len(row["source_id"]) == 64
 
 
+def test_mpeg_ts_is_refused_since_the_decoder_misplaces_its_frames(tmp_path: Path) -> None:
+    row = video.describe_source(str(write_film(tmp_path / "f.ts", patterns(3, 24))), VideoConfig())
+    assert row["status"] == "failed"
+    assert "MPEG-TS" in row["error"]
+    assert "ffmpeg" in row["error"]
+
+
+@pytest.mark.parametrize("name", ["f.mp4", "f.mkv", "f.flv", "f.mov"])
+def test_every_container_gives_the_frame_that_is_shown_at_the_time(tmp_path: Path, name: str) -> None:
+    """Each frame carries its own number as grey level: what is stored must be the frame that its time stamp says."""
+    texture = np.random.default_rng(0).integers(0, 60, (180, 320, 3))
+    frames = [np.clip(texture + 3 * i, 0, 255).astype(np.uint8) for i in range(60)]
+    path = write_film(tmp_path / name, frames)
+    source = video.describe_source(str(path), VideoConfig())
+    segment = replace(video.segments_of(source)[0], start=1.0)
+    for _, timestamp, _, image in video._decode(segment, VideoConfig(overlap_seconds=0.2)):
+        expected = frames[round(timestamp * 24)].mean()
+        assert abs(image.mean() - expected) < 2.0, (timestamp, image.mean(), expected)
+
+
 def test_an_unreadable_file_keeps_an_identity(tmp_path: Path) -> None:
     row = video.describe_source(str(tmp_path / "gone.mp4"), VideoConfig())
     assert (row["status"], "cannot be read" in row["error"]) == ("failed", True)
@@ -155,7 +175,7 @@ def test_a_worker_that_spins_is_ended_and_what_it_gave_stays() -> None:
     assert rows == [1, 2]
     assert "not finished after 8 s" in error
     assert time.monotonic() - start < 16
-    with pytest.raises(worker.WorkerFailed, match="code -9"):
+    with pytest.raises(worker.WorkerEnded, match="code -9"):
         list(worker.run_killable("tests.test_video:_dies", deadline_seconds=30))
     with pytest.raises(worker.WorkerFailed, match="a reason"):
         list(worker.run_killable("tests.test_video:_raises", deadline_seconds=30))
