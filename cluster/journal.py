@@ -63,6 +63,10 @@ class Journal:
         """Return what is known of step `name`: `key` once it was done, `begun` while it is under way."""
         return self._steps.get(name, {})
 
+    def key(self, name: str) -> str | None:
+        """Return the key that step `name` was done with, for the keys of the steps that take its results."""
+        return self.of(name).get("key")
+
     def read(self) -> dict[str, Any]:
         """Return all that is recorded: `steps`, `versions`, `machine`."""
         versions = {"python": platform.python_version()}

@@ -3,7 +3,7 @@
 `Kept(["ray", "start", ...])` runs this file as a process between the caller and the command. On Linux that process is
 the reaper of all orphans below it (PR_SET_CHILD_SUBREAPER), so daemons that leave their parent stay reachable. It ends
 every process below it when the command ends, when it gets SIGTERM, and when its stdin closes, which the kernel does
-even where the caller dies by SIGKILL. Nothing is looked up by name.
+even where the caller dies by SIGKILL. Nothing is looked up by name. A folder of secrets and sockets can go with them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,10 +37,14 @@ class Kept:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         output: IO[bytes] | int = subprocess.PIPE,
+        removes: Path | None = None,
     ):
-        """Start `command`; stdout and stderr go to `output`, by default to the pipe `self.output`."""
+        """Start `command`; stdout and stderr go to `output`, by default to the pipe `self.output`.
+
+        The folder `removes` is removed after the end, unless the command ended by itself: the caller may want to look.
+        """
         self._process = subprocess.Popen(
-            [sys.executable, "-P", os.path.abspath(__file__), *command],  # -P: this folder stays off sys.path
+            [sys.executable, "-P", os.path.abspath(__file__), str(removes or ""), *command],  # -P: not this folder
             env=env,
             cwd=cwd,
             stdin=subprocess.PIPE,
@@ -76,11 +81,15 @@ class Kept:
         self.end()
 
 
-def _keep(command: Sequence[str]) -> int:
+def _keep(removes: str, command: Sequence[str]) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
+    asked = False
+
     def asked_to_end(*_: object) -> None:
+        nonlocal asked
+        asked = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -101,6 +110,8 @@ def _keep(command: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _end_all_below()
+        if asked and removes:
+            _remove(removes)
 
 
 def _watch_caller() -> None:
@@ -128,5 +139,13 @@ def _end_all_below() -> None:
         time.sleep(0.05)
 
 
+def _remove(folder: str) -> None:
+    """Remove `folder`; again, for a while, where another kept command that is being ended still writes there."""
+    deadline = time.monotonic() + GRACE_S
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+
+
 if __name__ == "__main__":
-    sys.exit(_keep(sys.argv[1:]))
+    sys.exit(_keep(sys.argv[1], sys.argv[2:]))

@@ -33,6 +33,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 180  # about 15 s on two idle cores
 LAST_LINES = 25  # of a log, shown when its command fails
 
+# What is asked on loopback, and the token with it, never goes to the proxy that the environment names.
+loopback = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 # Lines that tell a reader nothing about the job: of Ray's command line, and what libraries say when they start.
 _NOISE = re.compile(
     r"^\s*$|(cli|sdk|dashboard_sdk|working_dir|packaging|job_manager|usage_lib)\.py:\d+ -- |Running entrypoint for job"
@@ -165,6 +168,7 @@ class LocalCluster:
         common = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             **self._extra_env,
+            **dict.fromkeys(("no_proxy", "NO_PROXY"), _no_proxy(os.environ)),
             "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]),
             "PYTHONUNBUFFERED": "1",
             "RAY_AUTH_MODE": "token",
@@ -200,7 +204,7 @@ class LocalCluster:
         command += [f"--{name}={value}" for name, value in options.items()]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "wb") as file:
-            self._head = self._stack.enter_context(Kept(command, env=head_env, output=file))
+            self._head = self._stack.enter_context(Kept(command, env=head_env, output=file, removes=self._folder))
         self.pid = self._head.pid
         self._wait_until_ready()
 
@@ -226,7 +230,7 @@ class LocalCluster:
     def get(self, path: str) -> Any:
         """Return the JSON that the dashboard answers at `path`, asked with the token."""
         request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {self.token}"})
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with loopback.open(request, timeout=10) as reply:
             return json.load(reply)
 
     def submit(self, entrypoint: Sequence[str], *, log: Path, show: Callable[[str], None] | None = None) -> None:
@@ -250,6 +254,12 @@ class LocalCluster:
 def tool(name: str) -> str:
     """Return the path of a command installed beside this Python."""
     return os.path.join(os.path.dirname(sys.executable), name)
+
+
+def _no_proxy(environ: Mapping[str, str]) -> str:
+    """Return the hosts that are reached without a proxy: those that `environ` names, and loopback."""
+    named = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    return named if named == "*" else ",".join(filter(None, [named, "127.0.0.1,localhost"]))
 
 
 def _name(command: Sequence[str]) -> str:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.local import CommandFailed
+from cluster.local import CommandFailed, loopback
+from factory.caption import sample_text
 from factory.files import write_atomic
 from factory.store import Store
 
@@ -53,7 +54,7 @@ def requests_for(root: Path, count: int = 3) -> list[Request]:
     chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
     asked = []
     for seed, row in enumerate(chosen, start=1):
-        prompt = ", ".join([row["caption"], *row["keywords"]])
+        prompt = sample_text(row["caption"], row["keywords"])
         asked += [
             Request(route="generations", prompt=prompt, reference=None, seed=seed),
             Request(route="generations", prompt=prompt, reference=row["frame_id"], seed=seed),
@@ -100,7 +101,7 @@ def _post(url: str, request: Request, sketch: bytes | None) -> dict[str, Any]:
             fields["image"] = base64.b64encode(sketch).decode()
         body, kind = json.dumps(fields).encode(), "application/json"
     try:
-        with urllib.request.urlopen(
+        with loopback.open(
             urllib.request.Request(url, data=body, headers={"Content-Type": kind}), timeout=REQUEST_TIMEOUT_S
         ) as reply:
             return json.load(reply)

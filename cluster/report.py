@@ -66,7 +66,10 @@ def funnel(root: Path) -> dict[str, Any]:
     by_reason: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["status"] != "kept":
-            by_reason.setdefault(row["reason"] or row["status"] or "undecided", []).append(row)
+            why = row["reason"] or "no reason recorded"
+            if row["status"] != "dropped":  # could not be read, or no selection has decided yet
+                why = f"failed, {why}" if row["status"] == "failed" else "undecided"
+            by_reason.setdefault(why, []).append(row)
     reasons = []
     for reason, matching in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         example = matching[len(matching) // 2]
@@ -74,7 +77,8 @@ def funnel(root: Path) -> dict[str, Any]:
         examples = [picture(data, 200) for data in store.read_pictures("candidates", "image", shown) if data]
         reasons.append(
             {
-                "reason": reason.replace("_", " "),
+                "reason": reason if matching[0]["status"] == "failed" else reason.replace("_", " "),
+                "failed": matching[0]["status"] == "failed",
                 "count": len(matching),
                 "share": len(matching) / len(rows),
                 "examples": examples,  # the dropped frame, and the kept one that it duplicates
@@ -84,6 +88,7 @@ def funnel(root: Path) -> dict[str, Any]:
         )
     return {
         "sources": sum(counts["sources"].values()),
+        "failed_sources": len(counts["failed_sources"]),
         "segments": counts["segments"],
         "candidates": counts["candidates"],
         "kept": counts["kept"],

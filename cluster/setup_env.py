@@ -3,6 +3,7 @@
     python3 cluster/setup_env.py          (`make` calls it; PYTHON=python3.12 make demo takes another interpreter)
 
 A second call is instant: .venv keeps the hash of the lock it was made from. An interrupted one goes on where it was.
+pip's own variables work, such as PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a torch without CUDA.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import sys
 import time
 
 NEEDS_PYTHON = (3, 11)
-NEEDS_BYTES = 6 * 10**9  # .venv with the CPU build of torch is 3 GB; pip's downloads and temporary files come on top
+NEEDS_BYTES = 10**10  # .venv is 3 GB, 8 GB with the CUDA packages that PyPI's torch brings; pip unpacks beside it
 STAMP = "lock.sha256"
 
 
@@ -117,9 +118,10 @@ def install(venv, lock):
     """pip install the lock into .venv; one line of progress every few seconds, pip's errors as they are."""
     with open(lock) as file:
         total = sum(1 for line in file if line[:1].isalnum())
-    say("Installing {} packages into {} (some minutes, about 3 GB) ...".format(total, venv))
+    say("Installing {} packages into {} (some minutes, 3 GB; 8 GB where torch brings CUDA) ...".format(total, venv))
     command = [python_of(venv), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
-    pip = subprocess.Popen(command + ["-r", lock], stdout=subprocess.PIPE, universal_newlines=True)
+    # deepspeed comes as source alone: without this an older pip builds it in a way that it says is deprecated
+    pip = subprocess.Popen(command + ["--use-pep517", "-r", lock], stdout=subprocess.PIPE, universal_newlines=True)
     begun = said = time.time()
     found = 0
     try:

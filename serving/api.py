@@ -16,7 +16,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from serving import protocol
 from serving.config import ServingConfig
@@ -97,7 +98,8 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
                 raise TypeError(f"A job begins with Started, got {type(first).__name__}.")
             warnings += first.warnings
             if request.stream:
-                return _EventStream(stream(events, http, job, warnings, started), holder.pop_all())
+                body = stream(events, http, job, warnings, started)
+                return _EventStream(body, holder.pop_all(), config.limits.send_timeout_s)
             async with asyncio.timeout_at(_deadline(config, started)):
                 pictures = [event async for event in events if isinstance(event, Picture) and event.partial is None]
             metrics.done(route, len(pictures), time.monotonic() - started)
@@ -226,15 +228,26 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events that hold `holder` until they end, even when the client left before the first one."""
+    """Server-sent events that hold `holder` until they end.
 
-    def __init__(self, events: AsyncIterator[bytes], holder: contextlib.AsyncExitStack) -> None:
+    They end too when the client left before the first one, or takes longer than `send_timeout_s` to take one.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], holder: contextlib.AsyncExitStack, send_timeout_s: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._holder = holder
+        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None  # it is there, but reads nothing: no different for the others
+
         async with self._holder:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, in_time)
 
 
 class _Metrics:

@@ -42,6 +42,8 @@ class Limits:
     max_body_bytes: int = 16 * 2**20
     # seconds that a client has to send its body
     body_timeout_s: float = 60.0
+    # seconds that a client has to take one event of a streamed answer, before its place is given to another
+    send_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 from factory import schema
+from factory.__main__ import main as factory_main
+from trainer import data
 from trainer.config import DataConfig
 from trainer.data import Samples, batch_indices, draw, sample_text, share, square_pixels
 
@@ -159,7 +162,10 @@ def test_a_picture_that_is_not_whole_is_named(tmp_path: Path):
     cut = row(1)["training_sketch"][:200]
     samples = Samples(DataConfig(root=write(tmp_path, [row(0), row(1, training_sketch=cut)])), "train")
     samples.read([0])
-    with pytest.raises(ValueError, match=r"'training_sketch' of sample source-000000000001 .* factory verify"):
+    with pytest.raises(
+        ValueError,
+        match=r"'training_sketch' of sample source-000000000001 .* Restore .* factory build SOURCES --root NEW_ROOT",
+    ):
         samples.read([1])
 
 
@@ -178,11 +184,24 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
         (
             "d",
             [row(0, training_sketch=None)],
-            "no row with a training_sketch at version 1. Run: python -m factory sketch",
+            "no row of split 'train' with a training_sketch at version 1. Run: python -m factory sketch",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             Samples(DataConfig(root=write(tmp_path / name, rows)), "train")
 
-    with pytest.raises(ValueError, match=r"split 'validation' .* --set data.validation_samples=0"):
+    with pytest.raises(ValueError, match=r"'split.holdout=\[\"FILM.mkv\"\]' .* --set data.validation_samples=0"):
         Samples(DataConfig(root=write(tmp_path / "e", [row(0)])), "validation")
+    with pytest.raises(ValueError, match=r"split 'train' .* --set 'split.validation_share=0'$"):
+        Samples(DataConfig(root=write(tmp_path / "f", [row(0, split="validation")])), "train")
+
+
+def test_every_command_in_a_message_is_a_verb_of_the_factory():
+    texts = "".join(path.read_text() for path in Path(data.__file__).parent.glob("*.py"))
+    named = set(re.findall(r"_command\(['\"](\w+)|python -m factory (\w+)", texts))
+    verbs = {verb or other for verb, other in named} | {*data._VERB.values()}
+    assert {"build", "select", "sketch", "caption"} <= verbs
+    for verb in verbs:
+        with pytest.raises(SystemExit) as stop:
+            factory_main([verb, "--help"])
+        assert stop.value.code == 0, verb

@@ -10,21 +10,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from cluster import demo, local, report
+from cluster import demo, local, pictures, report
 from cluster.journal import Journal, fingerprint
 from cluster.keeper import Kept
 from cluster.local import CommandFailed, LocalCluster, free_ports, run, what_matters
+from factory.store import Committer, Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETUP = REPOSITORY / "cluster/setup_env.py"
@@ -56,7 +59,7 @@ def test_a_small_disk_is_told_in_one_line(setup_env: Any, tmp_path: Path, capsys
     monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(10**11, 10**11 - 10**9, 10**9))
     assert setup_env.main(str(tmp_path)) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"has 1\.0 GB free: AnimeSketch needs 6 GB", line)
+    assert re.search(r"has 1\.0 GB free: AnimeSketch needs 10 GB", line)
     assert not (tmp_path / ".venv").exists()
 
 
@@ -68,7 +71,8 @@ def test_setup_installs_once_and_again_when_the_lock_changes(setup_env: Any, tmp
     popen = subprocess.Popen
     monkeypatch.setattr("subprocess.Popen", lambda command, **more: asked.append(command) or popen(command, **more))
     assert setup_env.main(str(tmp_path)) == 0
-    assert next(command for command in asked if "install" in command)[-1] == str(lock)
+    (installed,) = [command for command in asked if "install" in command]
+    assert installed[-3:] == ["--use-pep517", "-r", str(lock)]  # or an older pip speaks of a deprecated way
     asked.clear()
     assert setup_env.main(str(tmp_path)) == 0
     assert asked == []  # nothing was even looked at
@@ -129,7 +133,91 @@ def test_a_program_that_is_not_there_is_a_failed_command(tmp_path: Path) -> None
         run(["/no/such/program"], log=tmp_path / "a.log")
 
 
+@pytest.mark.parametrize("ended_by", ["the caller", "itself"])
+def test_the_folder_of_a_kept_command_goes_where_the_caller_ends_it(ended_by: str, tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    (folder / "token").touch()
+    script = "import sys, time; print('up', flush=True); time.sleep(600 if sys.argv[1] == 'the caller' else 0)"
+    child = Kept([sys.executable, "-c", script, ended_by], removes=folder)
+    assert child.output is not None
+    assert child.output.readline() == b"up\n"
+    if ended_by == "itself":
+        assert child.wait(30) == 0
+    child.end()
+    assert folder.exists() == (ended_by == "itself")
+
+
 # The cluster
+
+
+@pytest.fixture
+def closed_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that sends all HTTP to a proxy that nobody runs."""
+    (port,) = free_ports(1)
+    for name in ("no_proxy", "http_proxy", "https_proxy", "all_proxy"):
+        for spelt in (name, name.upper()):
+            if name == "no_proxy":
+                monkeypatch.delenv(spelt, raising=False)
+            else:
+                monkeypatch.setenv(spelt, f"http://127.0.0.1:{port}")
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers every request with its path and Authorization, and with one picture."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        told = {
+            "path": self.path,
+            "authorization": self.headers["Authorization"],
+            "data": [{"b64_json": "", "seed": 5}],
+        }
+        body = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stub_server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_what_is_asked_on_loopback_goes_past_the_proxy(stub_server: str, closed_proxy: None, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="refused"):  # Python by itself takes the proxy
+        urllib.request.urlopen(stub_server)
+    cluster = LocalCluster(log=tmp_path / "head.log")
+    cluster.dashboard, cluster.token = stub_server, "secret"
+    told = cluster.get("/api/jobs/")
+    assert (told["path"], told["authorization"]) == ("/api/jobs/", "Bearer secret")
+    assert demo._healthy(stub_server)
+    asked = pictures.Request(route="generations", prompt="a", reference=None, seed=5)
+    assert list(pictures.ask(stub_server, tmp_path, [asked], tmp_path / "images")) == [asked]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": ".intra"}, ".intra,127.0.0.1,localhost"),
+        ({"no_proxy": "a.b", "NO_PROXY": ".intra"}, "a.b,127.0.0.1,localhost"),  # as Python reads the two
+        ({"no_proxy": "*"}, "*"),  # means all only where it stands alone
+    ],
+)
+def test_loopback_is_added_to_what_needs_no_proxy(environ: dict[str, str], expected: str) -> None:
+    assert local._no_proxy(environ) == expected
 
 
 def running(process: psutil.Process) -> bool:
@@ -146,11 +234,13 @@ def listening(processes: set[psutil.Process]) -> set[str]:
     return found
 
 
-def test_a_local_cluster_wants_its_token_stays_on_loopback_runs_jobs_and_ends(tmp_path: Path) -> None:
+def test_a_local_cluster_wants_its_token_stays_on_loopback_runs_jobs_and_ends(
+    closed_proxy: None, tmp_path: Path
+) -> None:
     with LocalCluster(log=tmp_path / "head.log") as cluster:
         for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
             with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=headers))
+                local.loopback.open(urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=headers))
             assert refused.value.code in (401, 403)
         assert cluster.get("/api/jobs/") == []
         token_file = Path(cluster.env["RAY_AUTH_TOKEN_PATH"])
@@ -201,8 +291,7 @@ with LocalCluster(log=pathlib.Path({str(tmp_path / "head.log")!r})) as cluster:
         child.send_signal(number)
         child.wait(60)
         wait_for(lambda: not any(running(process) for process in started), 60)
-        assert os.path.exists(token) == (number == signal.SIGKILL)  # nobody is left to remove the folder after SIGKILL
-        shutil.rmtree(Path(os.fsdecode(token)).parent, ignore_errors=True)
+        assert not Path(os.fsdecode(token)).parent.exists()  # after SIGKILL its keeper removes it
     finally:
         child.kill()
         child.wait()
@@ -234,6 +323,80 @@ def test_a_failed_step_stops_the_demo_with_its_log_and_status_1(tmp_path: Path, 
     assert "No codec can write this." in told
     assert str(tmp_path / "demo/logs/footage.log") in told
     assert not (tmp_path / "demo/base").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device", "/data/x"), "The demo stopped: No space left on device: /data/x"),
+        (FileNotFoundError("No table /x. Run: y"), "The demo stopped: No table /x. Run: y"),
+    ],
+)
+def test_an_error_of_the_system_is_told_in_one_line(
+    error: OSError, told: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def fail(folder: Path, *, log: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(demo.footage, "draw_clips", fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert demo.main(["--output", str(tmp_path / "demo")]) == 1
+    assert capsys.readouterr().err.strip() == told
+
+
+class Steps:
+    """The demo's steps without what they do: each leaves the files that tell that it was done."""
+
+    def __init__(self, output: Path, monkeypatch: pytest.MonkeyPatch):
+        self._output = output
+        self.done: list[str] = []
+        self.code: dict[str, str] = {}  # in place of the code's bytes
+        monkeypatch.setattr(demo.footage, "draw_clips", self.draw_clips)
+        monkeypatch.setattr(demo.footage, "fetch_bunny", lambda folder, log: (folder / demo.footage.BUNNY).touch())
+        monkeypatch.setattr(demo, "run", lambda command, log: self.fill("base/SHA256SUMS"))
+        monkeypatch.setattr(demo, "LocalCluster", lambda log: contextlib.nullcontext(self))
+        monkeypatch.setattr(demo, "server", lambda *_: contextlib.nullcontext("http://x"))
+        monkeypatch.setattr(demo, "write_report", lambda output, journal: output / "report.html")
+        monkeypatch.setattr(pictures, "requests_for", lambda root: [])
+        monkeypatch.setattr(pictures, "ask", lambda *_: self.fill("images/index.json") or [])
+        monkeypatch.setattr(demo, "fingerprint", lambda *given, code: repr((given, [self.code.get(c) for c in code])))
+
+    def draw_clips(self, folder: Path, *, log: Path) -> None:
+        names = [f"toon-{i:02}{end}" for i in range(demo.footage.CLIPS) for end in (".mp4", ".truth.json")]
+        self.fill(*(f"footage/{name}" for name in names))
+
+    def submit(self, entrypoint: list[str], *, log: Path) -> None:
+        self.fill("dataset/samples.lance/x" if "factory" in entrypoint else "run/adapter/SHA256SUMS")
+
+    def fill(self, *names: str) -> None:
+        for name in names:
+            (self._output / name).parent.mkdir(parents=True, exist_ok=True)
+            (self._output / name).touch()
+        self.done.append(names[0].split("/")[0])
+
+
+def test_what_comes_of_changed_footage_or_code_is_made_anew(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    steps = Steps(tmp_path, monkeypatch)
+    demo.demo(tmp_path)
+    everything = ["footage", "base", "dataset", "run", "images"]
+    assert steps.done == everything
+    for changed, redone in (
+        ("", []),
+        ("serving", ["images"]),
+        ("trainer", ["base", "run", "images"]),
+        ("factory", ["dataset", "run", "images"]),
+        ("factory/toon", ["footage", "dataset", "run", "images"]),
+    ):
+        steps.done.clear()
+        steps.code[changed] = "changed"
+        for folder in everything:
+            (tmp_path / folder / "old").touch()
+        capsys.readouterr()
+        demo.demo(tmp_path)
+        assert steps.done == redone, changed
+        assert capsys.readouterr().out.count("code or inputs have changed: made anew") == len(redone)
+        kept = {path.parent.name for path in tmp_path.glob("*/old")}
+        assert kept == set(everything) - set(redone), changed
 
 
 def test_ctrl_c_ends_the_demo_with_status_130(tmp_path: Path) -> None:
@@ -365,6 +528,42 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert len(page) < 6 * 10**6
+
+
+def test_failed_sources_and_candidates_are_shown_with_their_errors(finished_demo: Path) -> None:
+    root = finished_demo / "dataset"
+    built = root.resolve()
+    root.unlink()
+    shutil.copytree(built, root)
+    store = Store(str(root))
+    before = report.funnel(root)
+    cut = {"source_id": "cut", "uri": "/films/cut.mp4", "status": "partial", "error": "ends at <3> s"}
+    text = {"source_id": "text", "uri": "/films/text.mp4", "status": "failed", "error": "not a video"}
+    failed = {
+        "frame_id": "cut-3000001",
+        "source_id": "cut",
+        "segment_id": "cut-0",
+        "timestamp": 3.0,
+        "status": "failed",
+        "reason": "decode: bad_packet & more",
+    }
+    undecided = {**failed, "frame_id": "cut-1", "status": None, "reason": None}
+    for table, rows in (("sources", [cut, text]), ("candidates", [failed, undecided])):
+        Committer(store, table, every=1).add(store.write_unit(table, "made up", rows))
+
+    told = report.funnel(root)
+    assert told["sources"] == before["sources"] + 2
+    assert told["failed_sources"] == 2
+    assert told["candidates"] == before["candidates"] + 2
+    assert told["kept"] == before["kept"]
+    counts = {item["reason"]: item["count"] for item in told["reasons"]}
+    assert counts["failed, decode: bad_packet & more"] == counts["undecided"] == 1
+    assert sum(counts.values()) + told["kept"] == told["candidates"]
+    page = report.write_report(finished_demo, {"steps": {}, "versions": {}, "machine": ""}).read_text()
+    assert '<b class="failed">failed, decode: bad_packet &amp; more</b>' in page
+    assert "<dt>sources failed, whole or in part</dt><dd>2</dd>" in page
+    for line in ("partial: ends at &lt;3&gt; s", "failed: not a video"):
+        assert f'<td class="wide failed">{line}</td>' in page
 
 
 def test_the_banner_is_gone_with_a_trained_base(finished_demo: Path) -> None:

@@ -484,6 +484,42 @@ def test_a_cancelled_request_closes_its_job_and_gives_its_place_back() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("stuck", ["http.response.start", "http.response.body"])
+@pytest.mark.parametrize("version", ["2.0", "2.4"])  # of ASGI: the stream runs in a task group, or in none
+def test_a_client_that_reads_nothing_loses_its_place(version: str, stuck: str) -> None:
+    limits = Limits(send_timeout_s=0.05)
+    config = ServingConfig(adapter="/a", limits=limits, max_queued_requests=1, max_ongoing_requests=1)
+
+    async def main() -> tuple[FakeBackend, list[str], int, str]:
+        backend, forever, sent = FakeBackend(), asyncio.Event(), []
+        api = create_api(config, backend, None)
+        requests = [{"type": "http.request", "body": json.dumps({**GOOD, "stream": True}).encode()}]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": version}, "method": "POST", "path": GENERATIONS,
+            "query_string": b"", "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+
+        async def receive() -> Any:
+            if not requests:
+                await forever.wait()  # the client stays
+            return requests.pop()
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if message["type"] == stuck:
+                await forever.wait()
+
+        await asyncio.wait_for(api(scope, receive, send), 5)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
+            after = (await http.post(GENERATIONS, json=GOOD)).status_code
+            return backend, sent, after, (await http.get("/metrics")).text
+
+    backend, sent, after, metrics = asyncio.run(main())
+    assert sent == ["http.response.start", "http.response.body"][: 1 + (stuck == "http.response.body")]
+    assert (after, backend.closed) == (200, 2)
+    assert "animesketch_requests_in_progress 0.0" in metrics
+
+
 def test_health_says_when_no_replica_runs() -> None:
     backend = FakeBackend()
     assert ask("GET", "/health", backend=backend).json() == {"status": "ok"}

@@ -10,6 +10,7 @@ import sys
 from factory import settings
 from factory.settings import absolute
 from trainer.config import PRESETS, TrainerConfig
+from trainer.run import RunBusy
 
 DONE, UNFINISHED, USAGE = 0, 1, 2
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"trainer {args.verb}: {error}", file=sys.stderr)
-        return USAGE
+        return UNFINISHED if isinstance(error, RunBusy) else USAGE
 
 
 def fit(args: argparse.Namespace) -> int:

@@ -129,11 +129,11 @@ class Backbone:
 
     @torch.no_grad()
     def image_to_latents(self, pixels_B3HW: Tensor, noise_B4hw: Tensor | None = None) -> Tensor:
-        """Return scaled latents (B,4,h,w) of pixels in [-1,1]: a sample drawn with `noise`, the mode without it."""
+        """Return scaled latents (B,4,h,w), fp32, of pixels in [-1,1]: a sample drawn with `noise`, else the mode."""
         posterior = self.vae.encode(pixels_B3HW.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mean
+        latents = posterior.mean.float()
         if noise_B4hw is not None:
-            latents = latents + posterior.std * noise_B4hw.to(latents)
+            latents = latents + posterior.std.float() * noise_B4hw.to(latents)
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()

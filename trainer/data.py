@@ -24,7 +24,7 @@ from trainer.config import DataConfig
 TARGET = "training_sketch"
 FITTING = "padded with white to a square, nothing cut off; area-averaged down or bicubic up to the resolution; [-1,1]"
 _COLUMNS = ("frame_id", TARGET, "caption", "keywords", "split", "selected")
-_COMMAND = {TARGET: "sketch", "caption": "caption", "keywords": "caption", "split": "publish", "selected": "select"}
+_VERB = {TARGET: "sketch", "caption": "caption", "keywords": "caption", "split": "select", "selected": "select"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,8 @@ class Samples:
             except OSError as error:
                 raise ValueError(
                     f"Column {column!r} of sample {self.frame_ids[i]} in {self.dataset.uri} is not a whole picture "
-                    f"({error}). Run: python -m factory verify --root {self.config.root}"
+                    f"({error}). Restore the files of that table from a copy, or build into a new root: "
+                    f"{_command('build', 'NEW_ROOT')}"
                 ) from error
         return pictures
 
@@ -128,10 +129,8 @@ def open_samples(config: DataConfig) -> lance.LanceDataset:
             ) from None
     for column in dict.fromkeys((*_COLUMNS, config.reference)):
         if column not in dataset.schema.names:
-            command = _COMMAND.get(column, "build")
-            raise ValueError(
-                f"Table {uri!r} has no column {column!r}. Run: python -m factory {command} --root {config.root}"
-            )
+            command = _command(_VERB.get(column, "build"), config.root)
+            raise ValueError(f"Table {uri!r} has no column {column!r}. Run: {command}")
     return dataset
 
 
@@ -188,16 +187,23 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def _why_empty(dataset: lance.LanceDataset, split: str, config: DataConfig) -> str:
-    """Return the message for a split without rows: what is missing, and the command that makes it."""
-    have = {
-        "no rows": dataset.count_rows(),
-        "no selected rows": dataset.count_rows("selected"),
-        f"no selected rows with split {split!r}": dataset.count_rows(f"selected AND split = '{split}'"),
-    }
-    do = {"no rows": "build", "no selected rows": "select", f"no selected rows with split {split!r}": "publish"}
-    what = next((name for name, count in have.items() if not count), f"no row with a {TARGET}")
-    message = f"Table {dataset.uri!r} has {what} at version {dataset.version}. "
-    message += f"Run: python -m factory {do.get(what, 'sketch')} --root {config.root}"
-    if split == "validation" and what not in ("no rows", "no selected rows"):
+    """Return the message for a split without rows: what is missing, and what to do."""
+    table = f"Table {dataset.uri!r} has"
+    at = f"at version {dataset.version}."
+    if not dataset.count_rows():
+        return f"{table} no rows {at} Run: {_command('build', config.root)}"
+    if not dataset.count_rows("selected"):
+        return f"{table} no selected rows {at} Run: {_command('select', config.root)}"
+    if dataset.count_rows(f"selected AND split = '{split}'"):
+        message = f"{table} no row of split {split!r} with a {TARGET} {at} Run: {_command('sketch', config.root)}"
+    else:  # a film keeps its split, so that the same root can't be split anew
+        films = 'split.holdout=["FILM.mkv"]' if split == "validation" else "split.validation_share=0"
+        message = f"{table} no selected rows with split {split!r} {at} "
+        message += f"Say what is held out when building a new root: {_command('build', 'NEW_ROOT')} --set '{films}'"
+    if split == "validation":
         message += " — or train without validation: --set data.validation_samples=0"
     return message
+
+
+def _command(verb: str, root: str) -> str:
+    return f"python -m factory {verb} {'SOURCES ' if verb == 'build' else ''}--root {root}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -15,7 +16,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from factory.files import DamagedFolder, check_sealed, sha256_file
+from factory.files import SUMS, DamagedFolder, check_sealed, sha256_file
 from factory.session import ray_session
 from factory.settings import absolute
 from trainer.config import TrainerConfig
@@ -237,11 +238,13 @@ def _adapter_hash(name_or_path: str) -> str:
 
 
 def _mend(run: Run) -> None:
-    """Put `adapter/` back from the newest checkpoint if a kill fell between its removal and its replacement."""
-    try:
-        check_sealed(run.folder / "adapter")
-    except DamagedFolder:
-        run.publish_adapter(run.newest())
+    """Make `adapter/` that of the newest good checkpoint if a kill fell between the two, or if it is damaged."""
+    step, published = run.newest(), run.folder / "adapter"
+    with contextlib.suppress(DamagedFolder):
+        check_sealed(published)
+        if (published / SUMS).read_bytes() == (run.checkpoint(step) / "adapter" / SUMS).read_bytes():
+            return
+    run.publish_adapter(step)
 
 
 def _summary(run: Run) -> dict[str, Any]:

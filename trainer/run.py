@@ -20,6 +20,10 @@ from typing import Any
 from factory.files import DamagedFolder, check_sealed, new_folder, write_atomic
 
 
+class RunBusy(ValueError):
+    """A run folder in which another process trains: later the same command can go on."""
+
+
 class Run:
     """A run folder on a file system that all workers see."""
 
@@ -33,13 +37,13 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run folder; ValueError when another process does. What a killed run left half-written is removed."""
+        """Hold the run folder; RunBusy when another process does. What a killed run left half-written is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise RunBusy(
                     f"Another process trains in {self.folder}. Wait for it, or give another --output."
                 ) from None
             for aside in [

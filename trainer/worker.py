@@ -24,7 +24,7 @@ from trainer.adapter import Adapter, AdapterConfig
 from trainer.backbone import load_backbone
 from trainer.config import TrainerConfig
 from trainer.data import Draw, Sample, Samples, batch_indices, draw, generator_of, share
-from trainer.loss import noise_loss
+from trainer.loss import add_noise, noise_loss
 from trainer.run import Run
 
 TAG = "zero"  # folder of DeepSpeed's files within state/
@@ -171,15 +171,15 @@ class Worker:
         return samples
 
     def _encode(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> tuple[Tensor, ...]:
-        """Return what one forward pass takes: noisy latents, time steps, text tokens, image features, noise."""
+        """Return what one forward pass takes: noisy latents, time steps, text tokens, image features, noise (fp32)."""
         noise = torch.stack([d.noise_4hw for d in draws]).to(self.device)
         posterior = torch.stack([d.posterior_4hw for d in draws])
         timesteps = torch.tensor([d.timestep for d in draws], device=self.device)
         latents = self.base.image_to_latents(torch.stack([s.target for s in samples]), posterior)
         text = self.base.encode_text(["" if d.drop_text else s.text for s, d in zip(samples, draws, strict=True)])
         hidden = self._features([None if d.drop_image else s.reference for s, d in zip(samples, draws, strict=True)])
-        noise = noise.to(latents.dtype)
-        return self.scheduler.add_noise(latents, noise, timesteps), timesteps, text, hidden, noise  # type: ignore[arg-type]
+        noisy = add_noise(self.scheduler, latents, noise, timesteps).to(self.base.unet.dtype)
+        return noisy, timesteps, text, hidden, noise
 
     def _features(self, pictures: Sequence[Image.Image | None]) -> Tensor:
         """Return image features (B,N,E); the null picture's where there is none."""
@@ -227,6 +227,7 @@ def _engine(adapter: Adapter, config: TrainerConfig) -> Any:
         "train_batch_size": config.train_batch_size,
         "train_micro_batch_size_per_gpu": config.train_batch_size // parts,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0; the recipe has none
         "zero_optimization": {"stage": config.workers.zero_stage},
         # no "safe modules": gradients are exchanged in fp32
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
