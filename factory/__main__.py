@@ -8,7 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict
 
-DONE, UNFINISHED, USAGE, SOURCES_FAILED = 0, 1, 2, 3
+DONE, UNFINISHED, USAGE, SOURCES_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 _EPILOG = """\
 examples:
@@ -18,7 +18,7 @@ examples:
   python -m factory status --root /data/anime
   ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime
 
-exit codes: 0 done; 1 not finished, run it again; 2 wrong usage; 3 finished, but some sources failed.
+exit codes: 0 done; 1 not finished, run it again; 2 wrong usage; 3 (build) finished, but some sources failed.
 Whatever was committed is kept: after a crash, run the same command again."""
 
 
@@ -70,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
         print(f"factory: {cause}", file=sys.stderr)
         return UNFINISHED if isinstance(cause, DatasetBusy | DamagedData | NotFinished) else USAGE
+    except KeyboardInterrupt:
+        print("factory: stopped. What was committed is kept: the same command goes on from there.", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         print(f"factory: {error}. What was committed is kept: run the same command again.", file=sys.stderr)
         return UNFINISHED

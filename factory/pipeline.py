@@ -123,6 +123,7 @@ def select(store: Store, config: FactoryConfig) -> None:
                 changed.append({"frame_id": row["frame_id"], "_rowaddr": row["_rowaddr"], **new})
     # One transaction: a selection is complete or it never was, so "kept by an earlier one" survives a crash.
     update(store, "candidates", changed)
+    print(f"select   {len(changed)} of {len(candidates)} candidates decided anew", flush=True)
 
     kept = {frame: row for frame, row in decisions.items() if row["status"] == "kept"}
     committer = Committer(store, "samples", every=config.commit_every)
@@ -136,7 +137,7 @@ def select(store: Store, config: FactoryConfig) -> None:
     units = [new[i : i + config.samples_per_unit] for i in range(0, len(new), config.samples_per_unit)]
     rows = [{"addresses": [address for _, address in unit]} for unit in units]
     splits = {row["source_id"]: row["split"] for row in samples}  # a source keeps its split: frames never leak
-    run("select", "units of samples", tasks.AppendSamples(store, config, splits), rows, committer, config)
+    run("samples", "units of samples", tasks.AppendSamples(store, config, splits), rows, committer, config)
 
 
 def sketch(store: Store, config: FactoryConfig) -> None:

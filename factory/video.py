@@ -109,13 +109,16 @@ def describe_source(uri: str, config: VideoConfig) -> dict[str, Any]:
     try:
         row["source_id"] = sha256_file(uri)
         row["size_bytes"] = os.path.getsize(uri)
+        if not row["size_bytes"]:
+            return row | {"status": "failed", "error": "not a video: the file is empty"}
     except OSError as error:
         row["source_id"] = hashlib.sha256(f"uri:{uri}".encode()).hexdigest()
         return row | {"status": "failed", "error": f"cannot be read: {error.strerror}"}
     try:
         return row | _probe(uri, config) | {"status": "pending"}
     except Exception as error:  # any file may be here: the library's own errors are many
-        return row | {"status": "failed", "error": f"not a video that can be opened: {error}"}
+        reason = getattr(error, "strerror", None) or error
+        return row | {"status": "failed", "error": f"not a video that can be opened: {reason}"}
 
 
 def _probe(uri: str, config: VideoConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from factory.settings import absolute
 from trainer.config import PRESETS, TrainerConfig
 from trainer.run import RunBusy
 
-DONE, UNFINISHED, USAGE = 0, 1, 2
+DONE, UNFINISHED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 EXAMPLES = """examples:
   a small random base, and a trial on it (minutes on two CPU cores; the pictures are noise, the run is real):
@@ -66,6 +66,9 @@ def fit(args: argparse.Namespace) -> int:
         reason = "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items()) or str(error)
         print(f"trainer fit: not finished. {reason}\nRun the same command again to go on.", file=sys.stderr)
         return UNFINISHED
+    except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into an exit of its own
+        print("trainer fit: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return INTERRUPTED
     print(json.dumps(summary))
     return DONE
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,6 +113,8 @@ class Samples:
 def open_samples(config: DataConfig) -> lance.LanceDataset:
     """Return `samples.lance` of the dataset root at the asked version; its columns are checked."""
     uri = f"{config.root.rstrip('/')}/samples.lance"
+    if "://" not in uri and not os.path.exists(uri):
+        raise FileNotFoundError(f"No table {uri!r}. Make the dataset first: {_command('build', config.root)}")
     try:
         dataset = lance.dataset(uri)
     except ValueError as error:

@@ -320,6 +320,8 @@ def write_clips(
     plans = {
         directory / f"toon-{i:02d}.mp4": plan_clip(seed + i, shots=shots, fps=fps, size=size) for i in range(count)
     }
+    for left in directory.glob(".toon-*.part"):  # of a run that was killed
+        left.unlink()
     todo = {path: plan for path, plan in plans.items() if not _complete(path, plan)}
     for path in plans.keys() - todo.keys():
         print(f"{path}: already there", flush=True)
