@@ -136,7 +136,7 @@ def test_a_full_size_step(tmp_path: Path) -> None:
     counted = [sum(p.numel() for p in module.parameters()) for module in (adapter, unet)]
     counted[1] -= sum(p.numel() for p in adapter.ip_adapter.parameters())  # attached: counted with the UNet too
     assert counted == [49_087_488, 859_520_964]
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, weight_decay=0.01)
     inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 768), torch.randn(1, 257, 1280)
     noise = torch.randn(1, 4, 16, 16)
     losses, start = [], time.monotonic()
@@ -147,7 +147,7 @@ def test_a_full_size_step(tmp_path: Path) -> None:
         optimizer.step()
         losses.append(loss.item())
     seconds = (time.monotonic() - start) / 3
-    assert losses[-1] < losses[0]
+    assert losses[0] > losses[1] > losses[2]
     assert all(p.grad is None for name, p in unet.named_parameters() if "_ip" not in name)
     adapter.save_pretrained(tmp_path / "adapter")
     rows = [["adapter parameters", counted[0]], ["UNet parameters", counted[1]], ["seconds per step", f"{seconds:.1f}"]]

@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"})
 
 
 def main(names: list[str]) -> int:
