@@ -134,6 +134,8 @@ def install(venv, lock):
                 say("  {:4.0f} s  {}".format(said - begun, doing))
     finally:
         status = pip.wait()
+        if pip.stdout:
+            pip.stdout.close()
     if status:
         raise Missing(
             "pip could not install requirements.lock (status {}, its error is above). Run again.".format(status)
