@@ -26,7 +26,7 @@ from factory.toon import (
     write_clips,
 )
 from factory.toon.canvas import Canvas, box, poly
-from factory.toon.film import truth_path
+from factory.toon.film import finished, truth_path
 from factory.toon.traits import BACKGROUNDS, CAMERAS, WORDS
 
 SMALL = {"shots": 6, "fps": 12, "size": (160, 90)}
@@ -395,6 +395,45 @@ def test_films_already_there_are_kept_and_broken_ones_drawn_anew(tmp_path, capsy
     assert len(out) == 2
     assert "already there" in out[0]
     assert "6 shots" in out[1]
+
+
+def test_flashes_letterbox_and_grain_are_where_the_truth_says(tmp_path):
+    plain = plan_clip(4, **SMALL)
+    worn = plan_clip(4, **SMALL, flashes=2, letterbox=2.4, grain=6.0)
+    assert worn.shots == plain.shots
+    assert len(worn.flashes) == 2
+    truth = json.loads(worn.to_json())
+    bar = truth["bar_height"]
+    assert 160 / (90 - 2 * bar) == pytest.approx(2.4, rel=0.03)
+    frames = frames_of(write_clip(tmp_path / "worn.mp4", worn))
+    assert len(frames) == worn.frames
+    top = np.stack([frame[: bar - 1] for frame in frames])
+    assert top.mean() < 12
+    light = [luma(frame[bar + 2 : -bar - 2]).mean() for frame in frames]
+    for first, end in truth["flashes"]:
+        assert not any(first <= shot.start <= end for shot in worn.shots)  # no cut is there
+        assert light[first] > 247
+        assert light[first] > light[first + 1] > light[first + 2] > light[first - 1]
+    assert sum(level > 247 for level in light) == 2
+    # grain: of two frames of one drawing, all pixels that are not at the end of the scale move
+    image = np.full((*worn.picture[::-1], 3), 128, np.uint8)
+    one, two = (finished(image, 1.0, worn, frame) for frame in (5, 6))
+    assert np.array_equal(one, finished(image, 1.0, worn, 5))
+    moved = one[bar:-bar].astype(int) - two[bar:-bar]
+    assert moved.std() == pytest.approx(6.0 * 2**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"letterbox": 1.33}, {"letterbox": 0.0}, {"flashes": 99}, {"grain": -1.0}])
+def test_a_look_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).rstrip("es")):
+        plan_clip(4, **SMALL, **wrong)
+
+
+def test_line_width_makes_ink_wider_and_moves_nothing():
+    scene = scenes(1, camera="bust")[0]
+    thin, thick = (draw(scene, (256, 256), line_width=width).lines for width in (0.7, 2.0))
+    assert (thick < 128).sum() > 1.5 * (thin < 128).sum()
+    assert (thick[thin < 64] < 128).mean() > 0.97
 
 
 def test_odd_sizes_and_short_films_are_refused(film, tmp_path):

@@ -13,12 +13,33 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=12, help="shots per film (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first film (default: %(default)s)")
     parser.add_argument("--size", default="640x360", help="width x height in pixels (default: %(default)s)")
+    parser.add_argument("--fps", type=int, default=24, help="frames per second (default: %(default)s)")
+    parser.add_argument("--flashes", type=int, default=0, help="flashes of light per film (default: %(default)s)")
+    parser.add_argument("--letterbox", type=float, help="aspect ratio of the picture between black bars, such as 2.39")
+    parser.add_argument("--grain", type=float, default=0.0, help="film grain, levels of 255 (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         width, height = (int(part) for part in arguments.size.split("x"))
     except ValueError:
         parser.error(f"--size is WIDTHxHEIGHT, such as 640x360, not {arguments.size!r}")
-    write_clips(arguments.output, arguments.clips, arguments.seed, (width, height), shots=arguments.shots)
+    try:
+        _write(arguments, (width, height))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _write(arguments: argparse.Namespace, size: tuple[int, int]) -> None:
+    write_clips(
+        arguments.output,
+        arguments.clips,
+        arguments.seed,
+        size,
+        shots=arguments.shots,
+        fps=arguments.fps,
+        flashes=arguments.flashes,
+        letterbox=arguments.letterbox,
+        grain=arguments.grain,
+    )
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from .scene import Drawing, draw
 from .traits import BACKGROUNDS, CAMERAS, EXPRESSIONS, HAIR, Figure, Pose, Scene, View, caption, random_figure
 
 # Raised when the same seed would give other pixels or bytes, so that films drawn before are drawn anew.
-CODE = "toon-1"
+CODE = "toon-3"
 ACTIONS = ("talk", "turn", "nod", "sway", "wave")
 MOVES = ("still", "still", "zoom in", "zoom out", "pan left", "pan right", "tilt")
 FADE_SECONDS = 1 / 3  # on each side of a fade through black
+FLASH = (2.0, 1.7, 1.3)  # light of a flash's frames: 1 is the picture itself, 2 is white
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,19 @@ class EditList:
     # Width and height in pixels.
     size: tuple[int, int] = (640, 360)
     shots: tuple[Shot, ...] = field(default=())
+    # First frame of each flash of light, which lasts as many frames as FLASH has; no cut is there.
+    flashes: tuple[int, ...] = ()
+    # Aspect ratio of the picture between black bars; none: it fills the frame.
+    letterbox: float | None = None
+    # Standard deviation of the film grain, in levels of 255.
+    grain: float = 0.0
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Width and height of the drawn picture, without the letterbox's bars; the height is even."""
+        width, height = self.size
+        inner = height if self.letterbox is None else min(height, round(width / self.letterbox / 2) * 2)
+        return width, inner
 
     @property
     def frames(self) -> int:
@@ -84,21 +98,42 @@ class EditList:
             "size": self.size,
             "frames": self.frames,
             "fade_frames": self.fade_frames,
+            "flashes": [[first, first + len(FLASH)] for first in self.flashes],
+            "letterbox": self.letterbox,
+            "bar_height": (self.size[1] - self.picture[1]) // 2,
+            "grain": self.grain,
             "shots": shots,
         }
         return json.dumps(facts, indent=1) + "\n"
 
 
-def plan_clip(seed: int, *, shots: int = 12, fps: int = 24, size: tuple[int, int] = (640, 360)) -> EditList:
+def plan_clip(
+    seed: int,
+    *,
+    shots: int = 12,
+    fps: int = 24,
+    size: tuple[int, int] = (640, 360),
+    flashes: int = 0,
+    letterbox: float | None = None,
+    grain: float = 0.0,
+) -> EditList:
     """A seed -> the plan of a film of `shots` shots, 1 to 2 s each, at `fps` frames per second.
 
     Every film has hard cuts, one or two fades through black, one shot shown twice, and one or two dark scenes; all
-    other shots differ in who is seen, where and how near.
+    other shots differ in who is seen, where and how near. `flashes` of light fall into the midst of shots; `letterbox`
+    is the picture's aspect ratio between black bars, `grain` the film's noise in levels of 255.
     """
     if shots < 6:
         raise ValueError(f"A film needs at least 6 shots, not {shots}")
     if fps < 6:
         raise ValueError(f"A film needs at least 6 frames per second, not {fps}")
+    if letterbox is not None and not size[0] / size[1] <= letterbox <= 10:
+        raise ValueError(
+            f"letterbox is the aspect ratio of a picture that is wider than the film's {size[0]} x {size[1]}, such as "
+            f"2.39, not {letterbox}"
+        )
+    if min(flashes, grain) < 0:
+        raise ValueError(f"flashes and grain are 0 or more, not {flashes} and {grain}")
     rng = random.Random(f"film/{seed}")
     scenes = _scenes(rng, shots - 1)
     again = rng.randrange(0, shots - 4)  # the shot shown twice, and where it comes back
@@ -134,7 +169,19 @@ def plan_clip(seed: int, *, shots: int = 12, fps: int = 24, size: tuple[int, int
                 seed=rng.randrange(1 << 30),
             )
         )
-    return EditList(seed=seed, fps=fps, size=size, shots=tuple(planned))
+    free = [shot for i, shot in enumerate(planned) if not {i, i + 1} & fades and i != back and i != again]
+    if flashes > len(free):
+        raise ValueError(f"Of this film's {shots} shots, {len(free)} have room for a flash, not {flashes}")
+    lit = random.Random(f"flashes/{seed}").sample(free, flashes)
+    return EditList(
+        seed=seed,
+        fps=fps,
+        size=size,
+        shots=tuple(planned),
+        flashes=tuple(sorted((shot.start + shot.end) // 2 for shot in lit)),
+        letterbox=letterbox,
+        grain=grain,
+    )
 
 
 def _scenes(rng: random.Random, count: int) -> list[Scene]:
@@ -225,9 +272,10 @@ def _held(shot: Shot, seconds: float, length: float) -> tuple[tuple[Pose, ...], 
 def drawings(film: EditList) -> Iterator[tuple[Drawing, int, tuple[float, ...]]]:
     """A film -> its drawings in order, each with its first frame and the light of every frame that it is held for.
 
-    The light is 1, and falls to 0 and back towards the boundary of a fade: a frame is `image * light`.
+    The light is 1, falls to 0 and back towards the boundary of a fade, and is above 1 in a flash; see `finished`.
     """
     fade = film.fade_frames
+    flash = {first + i: level for first in film.flashes for i, level in enumerate(FLASH)}
     for index, shot in enumerate(film.shots):
         length = (shot.end - shot.start) / film.fps
         fades_out = index + 1 < len(film.shots) and film.shots[index + 1].transition == "fade"
@@ -240,8 +288,25 @@ def drawings(film: EditList) -> Iterator[tuple[Drawing, int, tuple[float, ...]]]
                     level = min(level, (held - shot.start) / fade)
                 if fades_out:
                     level = min(level, (shot.end - 1 - held) / fade)
-                light.append(level)
-            yield draw(shot.scene, film.size, poses, view), frame, tuple(light)
+                light.append(flash.get(held, level))
+            yield draw(shot.scene, film.picture, poses, view), frame, tuple(light)
+
+
+def finished(image: np.ndarray, light: float, film: EditList, frame: int) -> np.ndarray:
+    """A drawn picture in its light -> the film's frame number `frame`: RGB uint8 of the film's size.
+
+    Light 0 to 1 darkens to black, 1 to 2 brightens to white; then come the letterbox's bars and the grain.
+    """
+    if light != 1:
+        image = cv2.convertScaleAbs(image, alpha=min(light, 2 - light), beta=255 * max(0.0, light - 1))
+    bar = (film.size[1] - film.picture[1]) // 2
+    if bar:
+        rest = film.size[1] - film.picture[1] - bar
+        image = cv2.copyMakeBorder(image, bar, rest, 0, 0, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    if film.grain:
+        noise = np.random.default_rng((film.seed, frame)).normal(0, film.grain, image.shape[:2]).astype(np.float32)
+        image = (image + noise[..., None]).round().clip(0, 255).astype(np.uint8)
+    return image
 
 
 def write_clip(path: str | Path, clip: EditList, size: tuple[int, int] | None = None) -> Path:
@@ -287,8 +352,8 @@ def _encode(path: Path, clip: EditList) -> None:
         for drawing, first, lights in drawings(clip):
             planes = None
             for held, light in enumerate(lights):
-                if planes is None or light != lights[held - 1]:
-                    image = drawing.image if light == 1 else cv2.convertScaleAbs(drawing.image, alpha=light)
+                if planes is None or clip.grain or light != lights[held - 1]:
+                    image = finished(drawing.image, light, clip, first + held)
                     planes = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2YUV_I420), np.uint8)
                 frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
                 frame.pts, frame.time_base = first + held, Fraction(1, clip.fps)
@@ -310,6 +375,9 @@ def write_clips(
     shots: int = 12,
     fps: int = 24,
     workers: int | None = None,
+    flashes: int = 0,
+    letterbox: float | None = None,
+    grain: float = 0.0,
 ) -> list[Path]:
     """Write `count` films `toon-00.mp4`, ... with seeds `seed`, `seed` + 1, ... -> their paths, in order.
 
@@ -318,7 +386,10 @@ def write_clips(
     """
     directory = Path(directory)
     plans = {
-        directory / f"toon-{i:02d}.mp4": plan_clip(seed + i, shots=shots, fps=fps, size=size) for i in range(count)
+        directory / f"toon-{i:02d}.mp4": plan_clip(
+            seed + i, shots=shots, fps=fps, size=size, flashes=flashes, letterbox=letterbox, grain=grain
+        )
+        for i in range(count)
     }
     for left in directory.glob(".toon-*.part"):  # of a run that was killed
         left.unlink()

@@ -25,12 +25,12 @@ def _lids(figure: Figure, pose: Pose) -> tuple[np.ndarray, np.ndarray, float]:
     lower = poly((0.17, 0.3), (0.24, 0.4), (0.38, 0.44), (0.52, 0.4), (0.61, 0.3))
     slant = (upper[:, 0] - 0.4) / 0.25
     if figure.expression == "angry":
-        upper[:, 1] += 0.07 - 0.08 * slant
+        upper[:, 1] += 0.09 - 0.11 * slant
     elif figure.expression == "sad":
-        upper[:, 1] += 0.03 + 0.05 * slant
+        upper[:, 1] += 0.05 + 0.07 * slant
     elif figure.expression == "surprised":
-        upper[1:-1, 1] -= 0.05
-        lower[:, 1] += 0.03
+        upper[1:-1, 1] -= 0.08
+        lower[:, 1] += 0.04
     elif figure.expression == "smiling":
         lower[:, 1] -= 0.025
     opening = 1 - pose.blink
@@ -51,16 +51,16 @@ def _eye(canvas: Canvas, figure: Figure, pose: Pose, side: int) -> None:
 
     if opening > 0.2:
         white = put(np.concatenate([upper, lower[::-1]]))
-        small = 0.8 if figure.expression == "surprised" else 1.0
+        small = 0.78 if figure.expression == "surprised" else 1.0
         centre = turned(poly((0.385 * side + 0.05 * pose.gaze, 0.15)), pose)[0]
         narrow = 1 - 0.12 * max(0.0, side * pose.yaw)  # the eye that turns away is seen narrower
-        x, y, rx, ry = centre[0], centre[1], 0.185 * small * narrow, 0.275 * small
+        x, y, rx, ry = centre[0], centre[1], 0.2 * small * narrow, 0.285 * small
         with canvas.shape(white, WHITE, 0):
             canvas.tone(moved(white, dy=-0.4 * opening), mix(WHITE, (150, 140, 190), 0.5))
             with canvas.shape(ellipse(x, y, rx, ry), colour, 0.9):
-                canvas.tone(ellipse(x, y - ry * 0.75, rx * 1.3, ry * 0.95), mix(shade(colour), (20, 14, 50), 0.35))
+                canvas.tone(ellipse(x, y - ry * 0.85, rx * 1.3, ry * 0.75), mix(shade(colour), (20, 14, 50), 0.35))
                 canvas.tone(ellipse(x, y + ry * 0.72, rx * 0.72, ry * 0.42), mix(colour, (255, 255, 220), 0.5))
-            canvas.fill(ellipse(x, y + ry * 0.02, rx * 0.4, ry * 0.42, 8), mix(shade(colour), (10, 6, 30), 0.75), 0.5)
+            canvas.fill(ellipse(x, y + ry * 0.02, rx * 0.3, ry * 0.34, 8), mix(shade(colour), (10, 6, 30), 0.75), 0.5)
             canvas.fill(ellipse(x - rx * 0.38, y - ry * 0.42, rx * 0.36, ry * 0.28, 8), (255, 255, 255), 0.4)
             canvas.tone(ellipse(x + rx * 0.42, y + ry * 0.45, rx * 0.2, ry * 0.15, 8), (255, 255, 255))
         canvas.brush(put(lower[1:]), skin, 0.8)
@@ -86,12 +86,13 @@ def _brow(canvas: Canvas, figure: Figure, pose: Pose, side: int) -> None:
     inner, outer, lift = {
         "smiling": (0.0, 0.0, -0.05),
         "neutral": (0.0, 0.0, 0.0),
-        "surprised": (-0.02, 0.0, -0.13),
-        "sad": (-0.1, 0.08, 0.0),
-        "angry": (0.15, -0.06, 0.02),
+        "surprised": (-0.04, 0.0, -0.17),
+        "sad": (-0.16, 0.12, 0.0),
+        "angry": (0.24, -0.12, 0.02),
     }[figure.expression]
     brow = poly((0.17, -0.33 + inner), (0.34, -0.41 + 0.4 * inner), (0.5, -0.41 + 0.5 * outer), (0.66, -0.32 + outer))
-    canvas.brush(turned(moved(brow, dy=lift, sx=side), pose), shade(HAIR_COLOURS[figure.hair]), 1.7)
+    thick = 3.4 if figure.expression == "angry" else 1.9
+    canvas.brush(turned(moved(brow, dy=lift, sx=side), pose), shade(HAIR_COLOURS[figure.hair]), thick)
 
 
 def _mouth(canvas: Canvas, figure: Figure, pose: Pose) -> None:
@@ -108,24 +109,29 @@ def _mouth(canvas: Canvas, figure: Figure, pose: Pose) -> None:
                 canvas.tone(ellipse(middle, high - 0.02, 0.3, 0.065), WHITE)
 
     if figure.expression == "smiling":
-        drop = 0.2 + 0.1 * talk
+        drop = 0.25 + 0.08 * talk
         open_mouth(
             poly(
-                (-0.22, 0.63, 1),
-                (-0.1, 0.665),
-                (0, 0.67),
-                (0.1, 0.665),
-                (0.22, 0.63, 1),
-                (0.13, 0.63 + drop * 0.85),
-                (0, 0.63 + drop),
-                (-0.13, 0.63 + drop * 0.85),
+                (-0.29, 0.6, 1),
+                (-0.13, 0.65),
+                (0, 0.66),
+                (0.13, 0.65),
+                (0.29, 0.6, 1),
+                (0.18, 0.62 + drop * 0.85),
+                (0, 0.62 + drop),
+                (-0.18, 0.62 + drop * 0.85),
             )
         )
     elif figure.expression == "surprised":
-        open_mouth(ellipse(0, 0.74, 0.085 + 0.02 * talk, 0.115 + 0.05 * talk, 10), teeth=False)
+        open_mouth(ellipse(0, 0.75, 0.125 + 0.02 * talk, 0.155 + 0.04 * talk, 10), teeth=False)
+    elif figure.expression == "angry":  # teeth set together, the corners drawn down
+        low = 0.82 + 0.07 * talk
+        shape = poly((-0.24, 0.8, 1), (-0.13, 0.68), (0.13, 0.68), (0.24, 0.8, 1), (0.14, low), (-0.14, low))
+        canvas.fill(turned(shape, pose), WHITE)
+        canvas.brush(turned(poly((-0.2, 0.755), (0.0, 0.75), (0.2, 0.755)), pose), red, 1.0)
     elif talk > 0.15:
-        wide = 0.15 if figure.expression != "angry" else 0.2
-        bend = {"sad": -0.04, "angry": -0.05}.get(figure.expression, 0.0)
+        wide = 0.15
+        bend = {"sad": -0.04}.get(figure.expression, 0.0)
         low = 0.7 + 0.05 + 0.12 * talk
         open_mouth(
             poly((-wide, 0.7 - bend, 1), (0, 0.69 + bend), (wide, 0.7 - bend, 1), (wide * 0.6, low), (-wide * 0.6, low))
@@ -134,10 +140,8 @@ def _mouth(canvas: Canvas, figure: Figure, pose: Pose) -> None:
         canvas.brush(
             turned(poly((-0.12, 0.71), (-0.05, 0.73), (0.0, 0.722), (0.05, 0.73), (0.12, 0.71)), pose), skin, 1.3
         )
-    elif figure.expression == "sad":
-        canvas.brush(turned(poly((-0.13, 0.78), (-0.05, 0.725), (0.05, 0.725), (0.13, 0.78)), pose), skin, 1.4)
     else:
-        canvas.brush(turned(poly((-0.15, 0.78), (-0.06, 0.715), (0.07, 0.71), (0.16, 0.76)), pose), skin, 1.6)
+        canvas.brush(turned(poly((-0.16, 0.82), (-0.06, 0.73), (0.06, 0.73), (0.16, 0.82)), pose), skin, 2.0)
 
 
 def _bow(canvas: Canvas, x: float, y: float, size: float, colour: Colour, angle: float = 0.0) -> None:
@@ -169,7 +173,7 @@ def _bow(canvas: Canvas, x: float, y: float, size: float, colour: Colour, angle:
 def _accessory(canvas: Canvas, figure: Figure, pose: Pose) -> None:
     accent = DYES[figure.dye][1]
     if figure.accessory == "ribbon":
-        _bow(canvas, 0.55 + 0.1 * pose.yaw, -1.12, 0.5, accent, 0.35)
+        _bow(canvas, 0.55 + 0.1 * pose.yaw, -1.1, 0.62, accent, 0.35)
     elif figure.accessory == "headphones":
         arch = limb(
             [(-1.1, 0.0), (-1.16, -0.55), (-0.88, -1.12), (0, -1.42), (0.88, -1.12), (1.16, -0.55), (1.1, 0.0)],
@@ -212,9 +216,16 @@ def _glasses(canvas: Canvas, pose: Pose) -> None:
             (0.26, 0.47),
             (0.13, 0.3),
         )
-        canvas.line(turned(moved(lens, sx=side), pose), frame, 1.5, closed=True)
-        canvas.line(turned(poly((0.71 * side, 0.02), (0.85 * side, -0.02)), pose, 0.8), frame, 1.3)
-    canvas.line(turned(poly((-0.11, 0.06), (0, 0.01), (0.11, 0.06)), pose), frame, 1.4)
+        canvas.line(turned(moved(lens, sx=side), pose), frame, 2.3, closed=True)
+        canvas.line(turned(poly((0.71 * side, 0.02), (0.85 * side, -0.02)), pose, 0.8), frame, 1.8)
+    canvas.line(turned(poly((-0.11, 0.06), (0, 0.01), (0.11, 0.06)), pose), frame, 1.9)
+
+
+def _anger(canvas: Canvas) -> None:
+    """The mark of anger that comics draw over the temple: four bent strokes."""
+    for across, down in ((-1, -1), (1, -1), (1, 1), (-1, 1)):
+        stroke = moved(poly((0.05, 0.25), (0.06, 0.06, 1), (0.25, 0.05)), sx=across, sy=down)
+        canvas.line(moved(stroke, dx=-0.62, dy=-0.86), (226, 30, 40), 2.2)
 
 
 def draw_head(canvas: Canvas, figure: Figure, pose: Pose) -> None:
@@ -242,12 +253,17 @@ def draw_head(canvas: Canvas, figure: Figure, pose: Pose) -> None:
     _mouth(canvas, figure, pose)
     for side in (-1, 1):
         _eye(canvas, figure, pose, side)
-    if figure.expression == "sad":
-        drop = poly((0.6, 0.46, 1), (0.67, 0.58), (0.6, 0.68), (0.53, 0.58))
-        canvas.fill(turned(drop, pose), (176, 222, 255), 0.7)
+    if figure.expression == "sad":  # a tear runs down from each eye
+        for side in (-1, 1):
+            tear = poly(
+                (0.33, 0.4, 1), (0.49, 0.4, 1), (0.54, 0.62), (0.51, 0.82), (0.41, 0.86), (0.31, 0.8), (0.3, 0.6)
+            )
+            canvas.fill(turned(moved(tear, sx=side), pose), (158, 214, 255), 0.7)
     front_hair(canvas, figure, front, strands, pose)
     for side in (-1, 1):
         _brow(canvas, figure, pose, side)
+    if figure.expression == "angry":
+        _anger(canvas)
     if figure.accessory == "glasses":
         _glasses(canvas, pose)
     _accessory(canvas, figure, pose)

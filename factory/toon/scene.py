@@ -33,10 +33,18 @@ class Drawing:
     lines: np.ndarray
 
 
-def draw(scene: Scene, size: tuple[int, int], pose: Pose | Sequence[Pose] = Pose(), view: View = View()) -> Drawing:  # noqa: B008
+def draw(
+    scene: Scene,
+    size: tuple[int, int],
+    pose: Pose | Sequence[Pose] = Pose(),  # noqa: B008
+    view: View = View(),  # noqa: B008
+    *,
+    line_width: float = 1.0,
+) -> Drawing:
     """A scene in a pose -> `Drawing`; size is (width, height) in pixels, each at least 16.
 
-    `pose` holds for all figures, or is a sequence with one pose per figure. The same arguments give the same pixels.
+    `pose` holds for all figures, or is a sequence with one pose per figure. `line_width` is a factor of the ink's usual
+    width. The same arguments give the same pixels.
     """
     width, height = size
     if min(size) < 16:
@@ -45,6 +53,7 @@ def draw(scene: Scene, size: tuple[int, int], pose: Pose | Sequence[Pose] = Pose
     if len(poses) != len(scene.figures):
         raise ValueError(f"{len(poses)} poses were given for {len(scene.figures)} figures")
     canvas = Canvas(size)
+    canvas.line_px *= line_width
     dark = _DARK if scene.lighting == "dark" else (1.0, 1.0, 1.0)
 
     zoom = 1 + (view.zoom - 1) * 0.5  # what is far moves less
