@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 
+from factory.models import find_model, model_id
 from factory.settings import STRICT
 
-RULE = "rule:colours-1"  # recorded as caption_by; raised when the same frame would be named otherwise
+VERSION = "2"  # raised when the same frame would be described otherwise
+RULE = "rule:colours-1"  # a model's id, and what `caption_by` records, for no model at all: `colour_caption`
+MAX_TOKENS = 75
 
 # Names and their sRGB centres; a pixel takes the nearest in CIE Lab.
 _COLOURS = {
@@ -38,8 +44,52 @@ class CaptionConfig:
 
     __pydantic_config__ = STRICT
 
+    # The captioner, a BLIP in an absolute folder; "rule:colours-1" names light and colours only, without a model.
+    model: str = RULE
     # Appended to the caption wherever a sample's text is used: "{caption}, {keywords}".
     keywords: tuple[str, ...] = ("anime sketch", "line art")
+
+
+def spoken(decoded: str) -> str:
+    """Return what BERT's tokenizer decoded, its compound words, such as cat-ear, put together again."""
+    return re.sub(r"(?<=\w) - (?=\w)", "-", decoded.strip())
+
+
+def caption_by(model: str) -> str:
+    """Return what `caption_by` records for a `caption.model`. FileNotFoundError where there is no such folder."""
+    return RULE if model == RULE else model_id(model)
+
+
+class Captioner:
+    """Frames to sentences; loads its model when made."""
+
+    def __init__(self, model: str) -> None:
+        """Load the BLIP `model`, or none for the rule. FileNotFoundError where there is no such folder."""
+        self.id = caption_by(model)
+        self._blip = None if model == RULE else _loaded(str(find_model(model)))
+
+    def __call__(self, image: np.ndarray) -> str:
+        """Return a sentence for the RGB uint8 image H,W,3: greedy and one picture at a time, so always the same one."""
+        if self._blip is None:
+            return colour_caption(image)
+        blip, processor = self._blip
+        import torch
+
+        pixels = processor.image_processor(images=image, return_tensors="pt").pixel_values
+        with torch.inference_mode():
+            ids = blip.generate(pixel_values=pixels, max_new_tokens=MAX_TOKENS, num_beams=1, do_sample=False)
+        return spoken(processor.decode(ids[0], skip_special_tokens=True))
+
+
+@functools.lru_cache(maxsize=1)  # a worker describes many pictures
+def _loaded(folder: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    blip = BlipForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return blip.eval(), BlipProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def sample_text(caption: str | None, keywords: Sequence[str] | None) -> str:

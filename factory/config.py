@@ -45,13 +45,16 @@ class FactoryConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def fingerprints(self) -> dict[str, str]:
-        """Return each stage's fingerprint: 16 hex digits over its code version and its part of the settings."""
+        """Return each stage's fingerprint: 16 hex digits over its code version, models and part of the settings.
+
+        FileNotFoundError when a model is not there.
+        """
         found = {name: value for name, value in asdict(self.video).items() if name not in video.RUNTIME_ONLY}
         parts = {
             "decode": (video.VERSION, quality.VERSION, found),
             "select": (quality.VERSION, asdict(self.selection)),
-            "sketch": (engine.VERSION, asdict(self.sketch)),
-            "caption": (caption.RULE, asdict(self.caption)),
+            "sketch": (engine.VERSION, engine.converter_id(self.sketch), asdict(self.sketch)),
+            "caption": (caption.VERSION, asdict(self.caption) | {"model": caption.caption_by(self.caption.model)}),
         }
         return {
             stage: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
@@ -60,14 +63,16 @@ class FactoryConfig:
 
 
 def micro() -> FactoryConfig:
-    """The embedded default: small films, sketches at the frame's own size."""
-    return FactoryConfig()
+    """The embedded default: small films, sketches at the frame's own size by the shipped network."""
+    return FactoryConfig(sketch=SketchConfig(converter="micro"))
 
 
 def paper() -> FactoryConfig:
     """The paper's numbers: at least 1080 lines, sketches of 10240 x 10240."""
     return FactoryConfig(
-        selection=SelectionConfig(min_short_side=1080), sketch=SketchConfig(size=10240, square=True), samples_per_unit=4
+        selection=SelectionConfig(min_short_side=1080),
+        sketch=SketchConfig(size=10240, square=True),
+        samples_per_unit=4,
     )
 
 

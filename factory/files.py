@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -31,6 +32,22 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path aside to write to; on success the file is flushed and replaces `path` by rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp.{path.name}")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield a folder aside to fill; on success it is sealed with SHA256SUMS and replaces `path` by rename."""
     path = Path(path)
@@ -50,6 +67,16 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, *, wait: bool) -> Iterator[None]:
+    """Hold `folder`/.lock, made if need be, while the block runs; BlockingIOError when another process has it and
+    `wait` is false."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 def seal(folder: str | Path) -> None:

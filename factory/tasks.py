@@ -138,11 +138,12 @@ class WriteCaptions:
         self._store, self._config, self._fingerprint = store, config, config.fingerprints()["caption"]
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        captioner = captions.Captioner(self._config.caption.model)
         rows = [
             {
                 "frame_id": sample["frame_id"],
-                "caption": captions.colour_caption(image),
-                "caption_by": captions.RULE,
+                "caption": captioner(image),
+                "caption_by": captioner.id,
                 "keywords": list(self._config.caption.keywords),
                 "stages": sample["stages"] | {"caption": self._fingerprint},
             }

@@ -9,11 +9,13 @@ from typing import Literal, Protocol
 import cv2
 import numpy as np
 
+from factory.models import find_model, model_id
 from factory.settings import STRICT
 from factory.sketch import tone
 from factory.sketch.xdog import XDoG, XDoGConfig
 
-VERSION = "1"  # raised when the same frame would give another sketch
+SHIPPED = "animesketch/sketch"  # the network that converter `micro` runs
+VERSION = "2"  # raised when the same frame would give another sketch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class SketchConfig:
 
     __pydantic_config__ = STRICT
 
-    # The converter.
-    converter: Literal["xdog"] = "xdog"
+    # The converter: `xdog`, an operator of two Gaussians; `micro`, a network trained on drawn line layers, shipped.
+    converter: Literal["xdog", "micro"] = "xdog"
     # Long side of the sketch (pixels); none: the frame's own size.
     size: int | None = None
     # The sketch is a square of `size`: the frame fits into it, white above and below.
@@ -38,8 +40,8 @@ class SketchConfig:
             raise ValueError(f"sketch.size must lie in 16 to 20480, got {self.size}.")
         if self.square and self.size is None:
             raise ValueError("sketch.square needs sketch.size.")
-        if self.tile < 64:
-            raise ValueError(f"sketch.tile must be at least 64, got {self.tile}.")
+        if self.tile < 64 or self.tile % 64:
+            raise ValueError(f"sketch.tile must be a multiple of 64, got {self.tile}.")
 
 
 class Converter(Protocol):
@@ -55,7 +57,7 @@ def sketch(image: np.ndarray, config: SketchConfig) -> np.ndarray:
     height, width = image.shape[:2]
     scale = config.size / max(height, width) if config.size else 1.0
     out_height, out_width = max(1, round(height * scale)), max(1, round(width * scale))
-    converter = XDoG(config.xdog, short_side=min(out_height, out_width))
+    converter = new_converter(config, short_side=min(out_height, out_width))
     lines = tone.levels(run_tiles(image, converter, size=(out_height, out_width), tile=config.tile))
     if not config.square or config.size is None:
         return lines
@@ -63,6 +65,20 @@ def sketch(image: np.ndarray, config: SketchConfig) -> np.ndarray:
     top, left = (config.size - out_height) // 2, (config.size - out_width) // 2
     page[top : top + out_height, left : left + out_width] = lines
     return page
+
+
+def new_converter(config: SketchConfig, *, short_side: int) -> Converter:
+    """Return the converter that `config` names, for a picture with this short side in pixels."""
+    if config.converter == "xdog":
+        return XDoG(config.xdog, short_side=short_side)
+    from factory.sketch.generator import Generator  # torch, which the operator does without
+
+    return Generator(find_model(SHIPPED))
+
+
+def converter_id(config: SketchConfig) -> str:
+    """Return the converter's name, with its weights' hash where it has any."""
+    return config.converter if config.converter == "xdog" else model_id(SHIPPED)
 
 
 def run_tiles(image: np.ndarray, converter: Converter, *, size: tuple[int, int], tile: int) -> np.ndarray:

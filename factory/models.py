@@ -1,0 +1,39 @@
+"""Where the factory's models are: shipped with the code, or in a folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+from factory.files import SUMS, sha256_file
+
+OWNER = "animesketch/"  # ids of models that are shipped with the code, in `weights/` beside their reader
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def find_model(name_or_path: str, weights: Path = WEIGHTS) -> Path:
+    """Return the folder of a shipped id such as `animesketch/sketch`, or the path itself where it is a folder.
+
+    FileNotFoundError for anything else, ValueError for a relative path: a worker runs in a folder of its own.
+    """
+    shipped = weights / name_or_path.removeprefix(OWNER)
+    if name_or_path.startswith(OWNER) and shipped.is_dir():
+        return shipped
+    if os.path.isdir(name_or_path):
+        if not os.path.isabs(name_or_path):
+            raise ValueError(f"Give the absolute path of the model {name_or_path!r}: {os.path.abspath(name_or_path)}")
+        return Path(name_or_path)
+    known = sorted(f"{OWNER}{path.parent.name}" for path in weights.glob(f"*/{SUMS}"))
+    shipped_too = f", or one of those shipped: {', '.join(known)}" if known else ""
+    raise FileNotFoundError(f"No model {name_or_path!r}. Give a folder that exists{shipped_too}.")
+
+
+@functools.lru_cache(maxsize=8)
+def model_id(name_or_path: str) -> str:
+    """Return what rows record of a model: its id or folder's name, never a path, and 8 digits of its weights' hash."""
+    folder = find_model(name_or_path)
+    name = name_or_path if name_or_path.startswith(OWNER) else folder.name
+    digests = sorted(sha256_file(file) for file in folder.glob("*.safetensors"))
+    return f"{name}@{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
