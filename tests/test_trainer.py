@@ -23,10 +23,10 @@ from trainer import loop
 from trainer.__main__ import main
 from trainer.adapter import Adapter, AdapterConfig, read_config
 from trainer.backbone import ddim, load_backbone
+from trainer.base import find_base
 from trainer.config import DataConfig, TrainerConfig, WorkersConfig, micro, paper
 from trainer.loss import add_noise, noise_loss
 from trainer.run import Run
-from trainer.weights import find_base
 
 REPO = Path(__file__).parent.parent
 

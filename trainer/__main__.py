@@ -1,4 +1,4 @@
-"""python -m trainer VERB: train an adapter, or make a small random base for trials."""
+"""python -m trainer VERB: train an adapter, or make a small base for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from factory import settings
 from factory.settings import absolute
@@ -22,6 +23,8 @@ EXAMPLES = """examples:
     ray job submit --working-dir . -- python -m trainer fit --preset paper --root s3://bucket/anime \\
         --output /shared/runs/paper --num-workers 8
   go on after a crash, or to more steps: the same command again
+  a small family of models from nothing, on drawn figures (hours on two cores):
+    python -m trainer micro --output /work/micro
   another learning rate, no validation:
     python -m trainer fit ... --set learning_rate=5e-5 --set data.validation_samples=0
 
@@ -81,6 +84,30 @@ def twin(args: argparse.Namespace) -> int:
     return DONE
 
 
+def micro(args: argparse.Namespace) -> int:
+    """Make the micro family, or one stage of it."""
+    from trainer.micro import exam, publish, stages
+
+    for given, known, what in ((args.stage, stages.STAGES, "stage"), (args.measure, exam.SECTIONS, "measure")):
+        for name in set(given or ()) - set(known):
+            raise ValueError(f"No {what} {name!r}. There are, in order: {', '.join(known)}")
+    if args.trial and (args.install or args.measure is not None):
+        raise ValueError("A trial's models have seen four steps: they are neither installed nor measured.")
+    output = Path(absolute(args.output, "--output"))
+    shop = stages.Workshop(output, threads=args.threads, trial=args.trial)
+    try:
+        if args.measure is not None:
+            print(exam.run(shop, args.measure or list(exam.SECTIONS)))
+        elif args.install:
+            return DONE if publish.install(shop) else UNFINISHED
+        else:
+            stages.run(shop, args.stage or list(stages.STAGES))
+    except KeyboardInterrupt:
+        print("trainer micro: stopped. The same command goes on from the last saved step.", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m trainer", description=__doc__, epilog=EXAMPLES, formatter_class=style)
@@ -89,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("fit", help="train an adapter", epilog=EXAMPLES, formatter_class=style)
     verb.add_argument("--root", metavar="URI", help="dataset root that `python -m factory build` wrote")
     verb.add_argument("--output", metavar="DIR", help="run folder; an unfinished run there is resumed")
-    verb.add_argument("--base", metavar="PATH_OR_ID", help="frozen Stable Diffusion: a diffusers folder or hub id")
+    verb.add_argument(
+        "--base",
+        metavar="PATH_OR_ID",
+        help="frozen Stable Diffusion: a diffusers folder or hub id (default: the preset's)",
+    )
     verb.add_argument(
         "--preset", choices=sorted(PRESETS), default="micro", help="where settings start (default: micro)"
     )
@@ -103,6 +134,38 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", metavar="DIR", required=True, help="folder to make")
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (default: 0)")
     verb.set_defaults(run=twin)
+
+    verb = verbs.add_parser(
+        "micro",
+        help="make the micro family from nothing: the shipped models, hours on two cores",
+        formatter_class=style,
+        description="Draw the corpora and train every model of the micro family, each stage once: hours on two cores. "
+        "A stage that was stopped goes on; a stage whose model is there is done. Each leaves curve.svg, and where it "
+        "draws, sheet.png.",
+    )
+    verb.add_argument("--output", metavar="DIR", required=True, help="where corpora, curves and models go (4 GB)")
+    what = verb.add_mutually_exclusive_group()
+    what.add_argument("--stage", metavar="NAME", action="append", help="only this stage; may be given again")
+    what.add_argument(
+        "--install",
+        action="store_true",
+        help="put the finished models in place of those shipped with this code; again after --measure, for the cards",
+    )
+    what.add_argument(
+        "--measure",
+        metavar="NAME",
+        nargs="*",
+        help="measure the shipped models: all, or some of vae, clip, matcher, captioner, sketch, base, adapter",
+    )
+    verb.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        metavar="N",
+        help="torch threads (default: 2). Two commands of one thread each, on different stages, use two cores better",
+    )
+    verb.add_argument("--trial", action="store_true", help="a few pictures and steps only, to see every stage run")
+    verb.set_defaults(run=micro)
     return parser
 
 

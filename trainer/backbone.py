@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from factory.files import check_sealed, new_folder, write_atomic
-from trainer.weights import BaseFiles, find_base
+from trainer.base import BaseFiles, find_base
 
 TWIN = "twin.json"  # marks a pipeline folder with random weights
 TWIN_RECIPE = 1  # raised when make_twin gives other weights for the same seed

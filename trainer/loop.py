@@ -19,10 +19,10 @@ from ray.train.torch import TorchTrainer
 from factory.files import SUMS, DamagedFolder, check_sealed, sha256_file
 from factory.session import ray_session
 from factory.settings import absolute
+from trainer.base import find_base, name_of
 from trainer.config import TrainerConfig
 from trainer.data import FITTING, Samples
 from trainer.run import Run, code_version
-from trainer.weights import find_base, name_of
 
 
 def fit(config: TrainerConfig) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from factory.files import sha256_file
+from factory.models import OWNER, find_model
 
+WEIGHTS = Path(__file__).parent / "weights"  # the models that are shipped with the code
+MICRO = OWNER + "micro"
 PARTS = ("unet", "vae", "text_encoder")
 _FILES = (
     "config.json",
@@ -71,9 +74,12 @@ def name_of(name_or_path: str) -> str:
 
 
 def _local(name_or_path: str, patterns: Sequence[str]) -> Path:
-    """Return the local folder of a path, or of `owner/name[/sub/folder]` on the hub, downloading `patterns` of it."""
+    """Return the local folder of a path, of a shipped id, or of `owner/name[/sub/folder]` on the hub, downloading
+    `patterns` of it."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
+    if name_or_path.startswith(OWNER):
+        return find_model(name_or_path, WEIGHTS)
     parts = name_or_path.split("/")
     if os.path.isabs(name_or_path) or name_or_path.startswith(".") or len(parts) < 2:
         raise FileNotFoundError(f"No model folder at {name_or_path}. Give a diffusers folder that exists, or a hub id.")

@@ -1,0 +1,205 @@
+"""How the micro family is made: the corpus, the words, the loop that goes on, every stage on a few pictures."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from factory import toon
+from factory.caption import spoken
+from factory.files import check_sealed, locked
+from trainer.__main__ import main
+from trainer.micro import blip, publish, stages, text, training
+from trainer.micro.attributes import COLOURS, VALUES, labels, named, value_of
+from trainer.micro.corpus import Corpus, draw_corpus, is_held_out, random_scene
+from trainer.micro.pictures import Pictures
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return draw_corpus(tmp_path_factory.mktemp("corpus"), "test", COUNT)
+
+
+def test_a_corpus_is_the_same_again_and_goes_on_where_it_was_stopped(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.micro.corpus.PART", 20)
+    monkeypatch.setattr("trainer.micro.corpus._join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        draw_corpus(tmp_path, "test", COUNT)
+    parts = {path: path.stat().st_mtime_ns for path in tmp_path.glob("part-*")}
+    assert len(parts) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr("trainer.micro.corpus.PART", 20)
+    next(iter(parts)).unlink()
+    again = draw_corpus(tmp_path, "test", COUNT)
+    assert np.array_equal(again.images, corpus.images)
+    assert np.array_equal(again.lines, corpus.lines)
+    assert again.scenes == corpus.scenes
+    assert np.array_equal(again.wide, corpus.wide)
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_held_out_combinations_are_never_in_the_training_mix() -> None:
+    rng = random.Random(0)
+    seen = [random_scene(rng) for _ in range(300)]
+    kept = [random_scene(rng, held_out=True, judged=True) for _ in range(50)]
+    assert not any(is_held_out(figure, scene.background) for scene in seen for figure in scene.figures)
+    assert all(is_held_out(scene.figures[0], scene.background) for scene in kept)
+    assert {scene.camera for scene in kept} == {"bust"}
+    combinations = [
+        is_held_out(toon.Figure(hair=hair, hair_style=style), place)
+        for hair in VALUES["hair"]
+        for style in VALUES["hair_style"]
+        for place in VALUES["background"]
+    ]
+    assert 0.03 < np.mean(combinations) < 0.1
+
+
+def test_a_caption_names_its_scene_and_can_be_read_back() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        scene = toon.random_scene(rng, figures=(toon.random_figure(rng),))
+        said, true = named(toon.caption(scene, rng)), {name: value_of(scene, name) for name in VALUES}
+        if scene.camera == "close-up":
+            said.pop("clothes", None)
+            true.pop("clothes")
+        assert said == true
+    assert named("a girl") == {"accessory": "none", "lighting": "day"}
+
+
+def test_one_attribute_is_changed_and_only_one_that_lines_show() -> None:
+    rng, draws = np.random.default_rng(0), random.Random(2)
+    for line in (False, True):
+        for _ in range(100):
+            scene = random_scene(draws)
+            other = blip.changed(scene, rng, line=line)
+            (name,) = [n for n in VALUES if value_of(scene, n) != value_of(other, n)]
+            assert not (line and name in COLOURS)
+            assert other.figures[1:] == scene.figures[1:]
+            assert not any(is_held_out(figure, other.background) for figure in other.figures)
+
+
+def test_tokenizers_know_every_word_and_spell_the_others() -> None:
+    scenes = [random_scene(random.Random(i)) for i in range(400)]
+    words = text.captions(scenes, 2000)
+    tokenizer = text.clip_tokenizer(words)
+    assert max(len(tokenizer(caption).input_ids) for caption in words) <= text.MAX_TOKENS
+    for caption in words[:50]:
+        assert len(tokenizer.tokenize(caption)) == len(caption.replace(",", " ,").replace("-", " - ").split())
+    assert tokenizer.decode(tokenizer("Xylophone über 7").input_ids, skip_special_tokens=True) == "xylophone über 7"
+
+
+class _Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+
+def _train(folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[float]:
+    model, recipe = _Line(), training.Recipe(steps=steps, batch_size=1, learning_rate=0.1, warmup=2, ema=0.9)
+    monkeypatch.setattr(training, "SAVE_EVERY", 4)
+    monkeypatch.setattr(training, "SAY_EVERY", 2)
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        if step == stop:
+            raise KeyboardInterrupt
+        target = torch.from_numpy(rng.normal(size=3)).float() + torch.rand(3)
+        return {"loss": (model.weight - target).square().sum()}
+
+    training.train("line", model, recipe, loss, folder=folder)
+    return model.weight.tolist()
+
+
+def test_a_stopped_stage_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _train(tmp_path / "whole", 12, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "cut", 12, monkeypatch, stop=7)
+    assert _train(tmp_path / "cut", 12, monkeypatch) == whole
+    curves = [(tmp_path / name / "curve.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    steps = [[json.loads(row)["step"] for row in curve] for curve in curves]
+    assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12]
+    assert whole != [0, 0, 0]
+
+
+def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["micro", "--output", str(tmp_path), "--trial", "--threads", "1"]
+    assert main(command) == 0
+    made = tmp_path / "trial"
+    assert {path.parent.name for path in made.glob("*/model")} == set(stages.STAGES)
+    assert not list(made.glob("*/state.pt"))
+    for stage in set(stages.STAGES) - {"tokenizer"}:
+        rows = [json.loads(row) for row in (made / stage / "curve.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 4
+        assert np.isfinite(rows[-1]["loss"])
+        assert (made / stage / "curve.svg").stat().st_size > 1000
+    assert all((made / stage / "sheet.png").is_file() for stage in ("vae", "unet"))
+    capsys.readouterr()
+    assert main([*command, "--stage", "vae"]) == 0
+    assert "vae        done already" in capsys.readouterr().out
+    assert main([*command, "--install"]) == 2
+    assert "A trial's models have seen four steps" in capsys.readouterr().err
+    shop = stages.Workshop(made)
+    written = publish.install(shop, tmp_path / "factory", tmp_path / "trainer")
+    assert len(written) == 6
+    for folder in written:
+        check_sealed(folder)
+    StableDiffusionPipeline.from_pretrained(tmp_path / "trainer/micro", local_files_only=True)
+    for path in (tmp_path / "trainer").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+    (made / "matcher/model").rename(made / "matcher/gone")
+    assert len(publish.install(shop, tmp_path / "f", tmp_path / "t")) == 5  # what is not finished is left out
+    assert not (tmp_path / "t/judge/matcher").exists()
+    assert (tmp_path / "t/judge/clip").is_dir()
+
+
+def test_an_unknown_or_early_stage_is_told_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["micro", "--output", str(tmp_path), "--stage", "vea"]) == 2
+    assert "No stage 'vea'" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="--stage tokenizer"):
+        stages.Workshop(tmp_path).tokenizer()
+
+
+def test_a_corpus_or_state_made_otherwise_is_refused(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_corpus(tmp_path, "few", 4)
+    with pytest.raises(ValueError, match="holds another corpus"):
+        draw_corpus(tmp_path, "few", 5)
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "cut", 12, monkeypatch, stop=7)
+    with pytest.raises(ValueError, match="another recipe"):
+        _train(tmp_path / "cut", 14, monkeypatch)
+
+
+def test_a_stage_that_another_process_is_at_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with locked(tmp_path / "vae", wait=False):
+        assert main(["micro", "--output", str(tmp_path), "--stage", "vae"]) == 2
+    assert "Another process is at stage vae" in capsys.readouterr().err
+
+
+def test_every_word_survives_berts_tokenizer(tmp_path: Path) -> None:
+    words = text.captions([random_scene(random.Random(i)) for i in range(400)], 2000)
+    tokenizer = text.bert_tokenizer(words, tmp_path)
+    for caption in words[:300:2]:
+        said = spoken(tokenizer.decode(tokenizer(caption).input_ids, skip_special_tokens=True))
+        assert named(said) == named(caption)
+
+
+def test_wide_pictures_are_shown_whole_between_white_bars(corpus: Corpus) -> None:
+    pictures = Pictures(corpus)
+    assert corpus.wide.any()
+    for i in np.flatnonzero(corpus.wide):
+        assert (pictures.images[i, :14] == 255).all()
+        assert (pictures.images[i, 50:] == 255).all()
+        assert pictures.images[i, 14:50].std() > 5
+    assert labels(corpus.scenes[0])[0] == VALUES["hair"].index(corpus.scenes[0].figures[0].hair)

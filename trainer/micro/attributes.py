@@ -1,0 +1,56 @@
+"""The attributes of a drawing as numbers, and which of them are judged."""
+
+from __future__ import annotations
+
+import re
+
+from factory.toon import traits
+from factory.toon.traits import Scene
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "hair": traits.HAIR,
+    "hair_style": traits.HAIR_STYLES,
+    "eyes": traits.EYES,
+    "expression": traits.EXPRESSIONS,
+    "accessory": traits.ACCESSORIES,
+    "background": traits.BACKGROUNDS,
+    "clothes": traits.CLOTHES,
+    "camera": traits.CAMERAS,
+    "lighting": traits.LIGHTINGS,
+}
+COLOURS = ("hair", "eyes", "background", "lighting")  # what line art does not show, or hardly
+JUDGED = ("hair", "hair_style", "eyes", "expression", "accessory", "background")  # the others are reported
+
+
+def value_of(scene: Scene, name: str) -> str:
+    """Return an attribute of the scene; of two figures, the first one's."""
+    return getattr(scene if hasattr(scene, name) else scene.figures[0], name)
+
+
+def labels(scene: Scene) -> list[int]:
+    """Return the place of each attribute's value among its VALUES."""
+    return [values.index(value_of(scene, name)) for name, values in VALUES.items()]
+
+
+def named(caption: str) -> dict[str, str]:
+    """Return the attributes that a caption of one figure names, by the words of `factory.toon`; absent: not named.
+
+    No accessory named is "none", no light is "day".
+    """
+    text = caption.lower().replace("an azure", "a azure")
+    found: dict[str, str] = {}
+    for style, forms in traits.WORDS["hair_style"].items():
+        for hair, words in traits.WORDS["hair"].items():
+            if any(_says(text, form.format(word)) for form in forms for word in words):
+                found |= {"hair": hair, "hair_style": style}
+    for name in VALUES:
+        if name in ("hair", "hair_style"):
+            continue
+        for value, words in traits.WORDS[name].items():
+            if any(word and _says(text, word) for word in words):
+                found[name] = value
+    return {"accessory": "none", "lighting": "day"} | found
+
+
+def _says(text: str, words: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(words)}(?![\w-])", text) is not None

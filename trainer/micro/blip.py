@@ -1,0 +1,175 @@
+"""BLIP: a captioner of frames for the factory, and a matcher of pictures and texts that only judges."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+# (diffusers and transformers type their configs as dict and their outputs as tuples)
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+from factory.toon.traits import Scene
+from trainer.micro.attributes import COLOURS, VALUES, value_of
+from trainer.micro.clip import normalised
+from trainer.micro.corpus import Corpus, is_held_out
+from trainer.micro.heads import Heads
+from trainer.micro.pictures import SIDE
+from trainer.micro.text import MAX_TOKENS, caption_of
+from trainer.micro.training import Recipe, train
+
+WIDTH = 128
+CAPTIONER = Recipe(steps=5000, batch_size=24, learning_rate=1e-3, decay_from=0.4, ema=0.998, seed=2)
+MATCHER = Recipe(steps=3500, batch_size=24, learning_rate=1e-3, decay_from=0.4, ema=0.998, seed=3)
+
+
+def new_blip(kind: type, tokenizer: BertTokenizer) -> nn.Module:
+    """Return a BLIP of class `kind` with new weights: 64 px in patches of 8."""
+    size = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {"num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS + 3}
+    vision = {"num_hidden_layers": 4, "image_size": SIDE, "patch_size": 8, "initializer_range": 0.02}
+    return kind(
+        BlipConfig(
+            text_config=size | text | ids | {"encoder_hidden_size": WIDTH},
+            vision_config=size | vision,
+            projection_dim=WIDTH,
+            image_text_hidden_size=WIDTH,
+        )
+    )
+
+
+class Frames:
+    """Pixels of a corpus at 64 x 64, as BLIP's processor gives them: whole pictures, squeezed to the square."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    def read(self, indices: np.ndarray, lines: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """Return pixels (B,3,64,64); with `rng` they are moved by up to two pixels and half of them mirrored."""
+        pixels = []
+        for i, line in zip(indices, lines, strict=True):
+            picture = self.corpus.images[i] if not line else np.repeat(self.corpus.lines[i][..., None], 3, 2)
+            if rng is not None:
+                top, left = rng.integers(0, 9, size=2)
+                picture = cv2.copyMakeBorder(picture, 4, 4, 4, 4, cv2.BORDER_REFLECT_101)
+                picture = picture[top : top + len(picture) - 8, left : left + len(picture) - 8]
+                picture = picture[:, ::-1] if rng.random() < 0.5 else picture
+            pixels.append(cv2.resize(np.ascontiguousarray(picture), (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+        return normalised(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1)
+
+
+def train_captioner(
+    corpus: Corpus, tokenizer: BertTokenizer, folder: Path, recipe: Recipe = CAPTIONER
+) -> BlipForConditionalGeneration:
+    """Train a captioner of colour pictures, and return it."""
+    torch.manual_seed(recipe.seed)
+    blip: BlipForConditionalGeneration = new_blip(BlipForConditionalGeneration, tokenizer)  # type: ignore[assignment]
+    frames, model = Frames(corpus), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, corpus.scenes)})
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        chosen = rng.integers(len(corpus), size=recipe.batch_size)
+        lines = np.zeros(len(chosen), bool)
+        tokens = tokenizer([caption_of(corpus.scenes[i], rng) for i in chosen], padding=True, return_tensors="pt")
+        ids = tokens.input_ids.clone()
+        ids[:, 0] = tokenizer.bos_token_id  # as generate() begins
+        embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
+        words = blip.text_decoder(
+            input_ids=ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=embedded,
+            labels=ids.masked_fill(tokens.attention_mask == 0, -100),
+            reduction="mean",
+        ).loss
+        told = model["heads"](embedded[:, 0], chosen, lines)
+        return {"loss": words + told, "words": words, "heads": told}
+
+    train("captioner", model, recipe, loss, folder=folder)
+    return blip
+
+
+def changed(scene: Scene, rng: np.random.Generator, *, line: bool = False) -> Scene:
+    """Return the scene with one captioned attribute changed to another value; for `line` one that lines show.
+
+    What is held out from training stays so, and what is not stays that: a combination that is only ever seen in false
+    texts would give itself away.
+    """
+    names = [name for name in VALUES if not (line and name in COLOURS)]
+    names = [name for name in names if not (name == "clothes" and scene.camera == "close-up")]
+    while True:
+        name = names[int(rng.integers(len(names)))]
+        others = [value for value in VALUES[name] if value != value_of(scene, name)]
+        change = {name: others[int(rng.integers(len(others)))]}
+        if hasattr(scene, name):
+            found = dataclasses.replace(scene, **change)
+        else:
+            figures = (dataclasses.replace(scene.figures[0], **change), *scene.figures[1:])
+            found = dataclasses.replace(scene, figures=figures)
+        if _held_out(found) == _held_out(scene):
+            return found
+
+
+def _held_out(scene: Scene) -> list[bool]:
+    return [is_held_out(figure, scene.background) for figure in scene.figures]
+
+
+def pair_of_texts(scene: Scene, rng: np.random.Generator, *, line: bool) -> tuple[str, str]:
+    """Return a true text of the scene and one with one attribute changed, worded independently."""
+    return caption_of(scene, rng, line=line), caption_of(changed(scene, rng, line=line), rng, line=line)
+
+
+def train_matcher(
+    corpus: Corpus, tokenizer: BertTokenizer, folder: Path, recipe: Recipe = MATCHER
+) -> BlipForImageTextRetrieval:
+    """Train a matcher of pictures, colour and lines, and texts: ITM on changed and strange texts, and ITC."""
+    torch.manual_seed(recipe.seed)
+    blip: BlipForImageTextRetrieval = new_blip(BlipForImageTextRetrieval, tokenizer)  # type: ignore[assignment]
+    frames, heads = Frames(corpus), Heads(WIDTH, corpus.scenes)
+    model = nn.ModuleDict({"blip": blip, "heads": heads})
+    temperature = nn.Parameter(torch.tensor(0.07).log())
+    model.register_parameter("temperature", temperature)
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        count = recipe.batch_size
+        chosen, lines = rng.integers(len(corpus), size=count), rng.random(count) < 0.3
+        pairs = [pair_of_texts(corpus.scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
+        embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
+        true, false = zip(*pairs, strict=True)
+        strange = true[1:3] + true[:1]  # a few texts of other pictures
+        tokens = tokenizer([*true, *false, *strange], padding=True, return_tensors="pt")
+        place = torch.cat([torch.arange(count), torch.arange(count), torch.arange(len(strange))])
+        states = blip.text_encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=embedded[place]
+        ).last_hidden_state
+        target = (torch.arange(len(place)) < count).long()
+        match = F.cross_entropy(blip.itm_head(states[:, 0]), target)
+        alone = blip.text_encoder(
+            input_ids=tokens.input_ids[:count], attention_mask=tokens.attention_mask[:count]
+        ).last_hidden_state
+        image = F.normalize(blip.vision_proj(embedded[:, 0]), dim=-1)
+        text = F.normalize(blip.text_proj(alone[:, 0]), dim=-1)
+        logits, own = image @ text.T / temperature.exp(), torch.arange(count)
+        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        told = heads(embedded[:, 0], chosen, lines)
+        return {"loss": match + 0.2 * contrast + told, "match": match, "contrast": contrast, "heads": told}
+
+    train("matcher", model, recipe, loss, folder=folder)
+    return blip
+
+
+@torch.no_grad()
+def match_scores(blip: BlipForImageTextRetrieval, tokenizer: BertTokenizer, pixels: Tensor, texts: list[str]) -> Tensor:
+    """Return the probability (B,) that each picture and its text belong together."""
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    scores = blip(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels).itm_score
+    return scores.softmax(-1)[:, 1]

@@ -1,0 +1,100 @@
+"""Model cards of the shipped models: what each is, what it learned from, how, how good it is, and what it is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from trainer.micro import lines as sketching
+from trainer.micro import probe
+from trainer.micro.stages import COUNTS, RECIPES, Workshop
+
+CARDS: dict[
+    str, tuple[str, tuple[str, ...], tuple[str, ...], str]
+] = {  # title, stages, sections of the exam, what it is
+    "captioner": (
+        "captioner",
+        ("captioner",),
+        ("captioner",),
+        "A BLIP captioner (`BlipForConditionalGeneration`): a picture of any size, squeezed to 64 x 64, to a sentence.",
+    ),
+    "sketch": (
+        "sketch network",
+        ("sketch",),
+        ("sketch",),
+        "A U-Net generator of the pix2pix and Anime2Sketch kind (`factory/sketch/generator.py`): RGB to black lines on "
+        "white, at any size, tile by tile.",
+    ),
+    "micro": (
+        "base",
+        ("clip", "vae", "unet"),
+        ("vae", "base", "adapter"),
+        "A Stable Diffusion v1.5 family, narrow: text encoder, image encoder, VAE (64 x 64 px to 16 x 16 x 8) and "
+        "UNet with v1.5's levels, block types and layers; DDIM with v1.5's schedule, guidance scale 2.5.",
+    ),
+    "clip": (
+        "judging CLIP pair",
+        ("judge-clip",),
+        ("clip",),
+        "A CLIP pair that only judges: no model is trained with it.",
+    ),
+    "matcher": (
+        "judging matcher",
+        ("matcher",),
+        ("matcher",),
+        "A BLIP matcher of pictures and texts (`BlipForImageTextRetrieval`) that only judges.",
+    ),
+    "probe": (
+        "attribute probe",
+        ("probe",),
+        (),
+        "A small convolutional classifier of what is drawn (`trainer/micro/probe.py`). It judges, and is used in no "
+        "training. Its own material has other line widths, zooms, tilts and poses than the corpus.",
+    ),
+}
+
+
+def card(shop: Workshop, name: str) -> str:
+    """Return the model card of the shipped folder `name` as Markdown; measures are those of the last exam, if any."""
+    title, stages, sections, what = CARDS[name]
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "tags: [anime, line-art, procedural]",
+        "---",
+        f"# AnimeSketch micro: {title}",
+    ]
+    lines += ["", what, "", "## Data", ""]
+    if name == "probe":
+        drawn = f"{probe.COUNT:,} pictures of its own, one figure each, any combination of attributes"
+    elif name == "sketch":
+        drawn = f"{sketching.COUNT:,} crops of drawings at the sizes that films have"
+    else:
+        drawn = (
+            f"{COUNTS['train']:,} pictures; a sixteenth of all combinations of hair colour, hair style and background "
+            "is kept from training"
+        )
+    lines += [f"What `factory/toon` draws, nothing else, the same for the same seed: {drawn}."]
+    lines += ["", "## Training", "", "`python -m trainer micro --output DIR`, on CPU cores:", ""]
+    lines += [f"- {stage}: {_words(asdict(RECIPES[stage]))}" for stage in stages]
+    measures = shop.folder / "exam/measures.json"
+    held = json.loads(measures.read_text()) if measures.is_file() else {}
+    found = {section: held[section] for section in sections if section in held}
+    if found:
+        lines += ["", "## Measures", "", "```json", json.dumps(found, indent=1), "```"]
+    lines += ["", "## Limits", ""]
+    lines += [
+        "Procedural material of one drawing style and a closed vocabulary. It shows that the code works; it says "
+        "nothing about real art."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_card(shop: Workshop, folder: Path, name: str) -> None:
+    """Write `folder`/README.md."""
+    (folder / "README.md").write_text(card(shop, name))
+
+
+def _words(recipe: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None)

@@ -1,0 +1,176 @@
+"""The stages of the family's making, in order: each leaves a `save_pretrained` folder, and then is done."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+# (diffusers and transformers type their configs as dict and their outputs as tuples)
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from diffusers import AutoencoderKL
+from transformers import BertTokenizer, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from factory.files import locked, new_folder
+from trainer.micro import blip, clip, lines, probe, text, unet, vae
+from trainer.micro.corpus import Corpus, draw_corpus
+from trainer.micro.pictures import Pictures
+from trainer.micro.sheet import write_curve
+from trainer.micro.training import Recipe
+
+RECIPES = {
+    "clip": clip.RECIPE,
+    "vae": vae.RECIPE,
+    "unet": unet.RECIPE,
+    "judge-clip": clip.JUDGE,
+    "captioner": blip.CAPTIONER,
+    "matcher": blip.MATCHER,
+    "sketch": lines.RECIPE,
+    "probe": probe.RECIPE,
+}
+COUNTS = {"train": 24_000, "validation": 1_000, "held-out": 600}  # pictures of the corpora
+
+
+class Workshop:
+    """The folder that the family is made in: corpora, curves, states, and the finished models."""
+
+    def __init__(self, folder: Path, *, threads: int = 1, trial: bool = False) -> None:
+        """`trial`: a few pictures and steps, to see every stage run, in a folder of their own below."""
+        self.folder, self.threads, self._trial = folder / "trial" if trial else folder, threads, trial
+
+    def recipe(self, stage: str) -> Recipe:
+        """Return the stage's recipe, or its trial."""
+        recipe = RECIPES[stage]
+        return dataclasses.replace(recipe, steps=4, batch_size=4) if self._trial else recipe
+
+    def count(self, pictures: int) -> int:
+        """Return how many pictures to draw: so many, or the trial's."""
+        return min(pictures, 64) if self._trial else pictures
+
+    def corpus(self, name: str) -> Corpus:
+        """Return the corpus `train`, `validation` or `held-out`, of combinations never trained on; drawn if need be."""
+        folder, count = self.folder / "corpus" / name, self.count(COUNTS[name])
+        return draw_corpus(folder, name, count, workers=self.threads, held_out=name == "held-out")
+
+    @functools.cache  # noqa: B019 - lives as long as the command
+    def pictures(self, name: str) -> Pictures:
+        return Pictures(self.corpus(name))
+
+    def is_done(self, stage: str) -> bool:
+        """Return whether the stage has left its model."""
+        return (self.folder / stage / "model").is_dir()
+
+    def model(self, stage: str) -> Path:
+        """Return the finished model's folder; FileNotFoundError saying which stage to run first."""
+        path = self.folder / stage / "model"
+        if not self.is_done(stage):
+            raise FileNotFoundError(
+                f"{path} is not there. First: python -m trainer micro --output {self.folder} --stage {stage}"
+            )
+        return path
+
+    def tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.model("tokenizer") / "clip", local_files_only=True)
+
+    def bert(self) -> BertTokenizer:
+        return BertTokenizer.from_pretrained(self.model("tokenizer") / "bert", local_files_only=True)
+
+    def text_states(self) -> unet.TextStates:
+        pair = CLIPModel.from_pretrained(self.model("clip"), local_files_only=True)
+        return unet.TextStates(self.tokenizer(), text_encoder(pair))
+
+
+def text_encoder(pair: CLIPModel) -> CLIPTextModel:
+    """Return the pair's text tower as the text encoder of a pipeline."""
+    encoder = CLIPTextModel(pair.config.text_config)
+    encoder.load_state_dict(pair.text_model.state_dict())
+    return encoder.eval()
+
+
+def _tokenizer(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
+    words = text.captions(shop.corpus("train").scenes)
+    save(clip=text.clip_tokenizer(words), bert=text.bert_tokenizer(words, folder))
+
+
+def _clip(shop: Workshop, folder: Path, save: Callable[..., None], stage: str = "clip") -> None:
+    held_out = shop.pictures("validation"), shop.corpus("validation").scenes
+    scenes = shop.corpus("train").scenes
+    save(clip.train_clip(shop.pictures("train"), scenes, held_out, shop.tokenizer(), folder, shop.recipe(stage), stage))
+
+
+def _vae(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
+    save(vae.train_vae(shop.pictures("train"), shop.pictures("validation"), folder, shop.recipe("vae")))
+
+
+def _unet(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
+    coder = AutoencoderKL.from_pretrained(shop.model("vae"), local_files_only=True)
+    latents, held_out = (unet.Latents(coder, shop.pictures(name)) for name in ("train", "validation"))
+    scenes, held_out_scenes = shop.corpus("train").scenes, shop.corpus("validation").scenes
+    save(
+        unet.train_unet(
+            coder, latents, scenes, (held_out, held_out_scenes), shop.text_states(), folder, shop.recipe("unet")
+        )
+    )
+
+
+def _captioner(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
+    save(blip.train_captioner(shop.corpus("train"), shop.bert(), folder, shop.recipe("captioner")))
+
+
+def _matcher(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
+    save(blip.train_matcher(shop.corpus("train"), shop.bert(), folder, shop.recipe("matcher")))
+
+
+def _sketch(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
+    save(lines.train_lines(folder, shop.recipe("sketch"), shop.count(lines.COUNT)))
+
+
+def _probe(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
+    save(probe.train_probe(folder, shop.recipe("probe"), shop.count(probe.COUNT)))
+
+
+STAGES: dict[str, Callable[..., None]] = {
+    "tokenizer": _tokenizer,
+    "clip": _clip,
+    "vae": _vae,
+    "unet": _unet,
+    "judge-clip": functools.partial(_clip, stage="judge-clip"),
+    "captioner": _captioner,
+    "matcher": _matcher,
+    "sketch": _sketch,
+    "probe": _probe,
+}
+
+
+def run(shop: Workshop, stages: list[str]) -> None:
+    """Run the stages that are not done, in order. ValueError when another process is at one of them."""
+    torch.set_num_threads(shop.threads)
+    cv2.setNumThreads(shop.threads)
+    for stage in stages:
+        folder = shop.folder / stage
+        if shop.is_done(stage):
+            print(f"{stage:<11}done already", flush=True)
+            continue
+        try:
+            with locked(folder, wait=False):
+                STAGES[stage](shop, folder, functools.partial(_save, folder))
+                if (folder / "curve.jsonl").is_file():
+                    write_curve(folder / "curve.jsonl", folder / "curve.svg")
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is at stage {stage} in {folder}. Wait for it, or name a --stage."
+            ) from None
+        print(f"{stage:<11}done: {folder / 'model'}", flush=True)
+
+
+def _save(folder: Path, model: Any = None, **parts: Any) -> None:
+    with new_folder(folder / "model") as aside:
+        for name, part in parts.items():
+            part.save_pretrained(aside / name)
+        if model is not None:
+            model.save_pretrained(aside)
+    (folder / "state.pt").unlink(missing_ok=True)
