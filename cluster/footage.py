@@ -13,6 +13,8 @@ from cluster.local import CommandFailed, run
 from factory.files import write_atomic
 
 CLIPS = 12
+# Square, as the base's pictures are; many short shots, since each gives one sample; 12 drawings a second.
+DRAWN = ("--clips", str(CLIPS), "--shots", "24", "--fps", "12", "--size", "384x384", "--seed", "0")
 HELD_OUT = ("toon-10.mp4", "toon-11.mp4")  # two whole clips that training never sees
 
 # Big Buck Bunny, (c) 2008 Blender Foundation, CC BY 3.0: h264, 1280x720, 25 fps, 132 frames. See CREDITS.
@@ -24,7 +26,12 @@ BUNNY_SHA256 = "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd
 
 def draw_clips(folder: Path, *, log: Path) -> None:
     """Write toon-00.mp4 … toon-11.mp4 into `folder`, each with its toon-NN.truth.json; those that are there stay."""
-    run([sys.executable, "-m", "factory.toon", "--output", str(folder), "--clips", str(CLIPS), "--seed", "0"], log=log)
+    run([sys.executable, *command(folder)], log=log)
+
+
+def command(folder: Path) -> list[str]:
+    """Return the arguments to Python that draw the clips into `folder`."""
+    return ["-m", "factory.toon", "--output", str(folder), *DRAWN]
 
 
 def fetch_bunny(folder: Path, *, log: Path) -> Path:

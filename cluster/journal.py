@@ -118,9 +118,10 @@ class Step:
 
 
 def fingerprint(*inputs: Any, code: Sequence[str]) -> str:
-    """Return a hash of `inputs` (JSON values) and of the Python files below the repository's folders `code`."""
+    """Return a hash of `inputs` (JSON values), and of code and locks of weights below the folders `code`."""
     digest = hashlib.sha256(json.dumps(inputs).encode())
     for folder in code:
-        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        files = [path for pattern in ("*.py", "weights.lock.json") for path in (REPOSITORY / folder).rglob(pattern)]
+        for path in sorted(files):
             digest.update(path.relative_to(REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from factory.store import Store
 
 STEPS = 50  # DDIM, the paper's number
 SCALE = 0.5  # the paper's alpha
+GUIDANCE = 2.5  # low: SD v1.5's usual 7.5 burns the colours of pictures as small as the demo's
 REQUEST_TIMEOUT_S = 900
 
 
@@ -27,21 +28,24 @@ class Request:
     """One picture asked for. `reference` is the frame_id whose sketch goes with it, None for text alone."""
 
     route: str  # generations or edits
+    group: str  # frame_id of the held-out sample that the report shows it beside
     prompt: str
     reference: str | None
     seed: int
     num_inference_steps: int = STEPS
     adapter_scale: float = SCALE
+    guidance_scale: float = GUIDANCE
 
     @property
     def name(self) -> str:
-        return f"{self.route}-{self.reference or 'text'}-{self.seed}.png"
+        return f"{self.group}-{self.route}-{'sketch' if self.reference else 'text'}.png"
 
 
-def requests_for(root: Path, count: int = 3) -> list[Request]:
-    """Return what the demo asks: for `count` held-out samples text alone, text + sketch, and an edit of the sketch.
+def requests_for(root: Path, count: int = 4) -> list[Request]:
+    """Return what the demo asks: for `count` held-out samples the base with their text alone, the adapter with text and
+    sketch, and with the sketch and no more text than the keywords.
 
-    The three share prompt and seed, so that they differ by the reference alone.
+    The three share a seed, so that they differ by text and reference alone.
     """
     table = (
         Store(str(root))
@@ -55,10 +59,12 @@ def requests_for(root: Path, count: int = 3) -> list[Request]:
     asked = []
     for seed, row in enumerate(chosen, start=1):
         prompt = sample_text(row["caption"], row["keywords"])
+        alone = sample_text(None, row["keywords"])
+        key = row["frame_id"]
         asked += [
-            Request(route="generations", prompt=prompt, reference=None, seed=seed),
-            Request(route="generations", prompt=prompt, reference=row["frame_id"], seed=seed),
-            Request(route="edits", prompt=prompt, reference=row["frame_id"], seed=seed + 100),
+            Request(route="generations", group=key, prompt=prompt, reference=None, seed=seed),
+            Request(route="generations", group=key, prompt=prompt, reference=key, seed=seed),
+            Request(route="edits", group=key, prompt=alone, reference=key, seed=seed, adapter_scale=1.0),
         ]
     return asked
 
@@ -93,6 +99,7 @@ def _post(url: str, request: Request, sketch: bytes | None) -> dict[str, Any]:
         "seed": request.seed,
         "num_inference_steps": request.num_inference_steps,
         "adapter_scale": request.adapter_scale,
+        "guidance_scale": request.guidance_scale,
     }
     if request.route == "edits":
         body, kind = _multipart(fields, sketch or b"")

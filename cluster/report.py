@@ -36,7 +36,7 @@ def write_report(output: Path, journal: dict[str, Any]) -> Path:
         rows=sample_rows(root),
         training=training(output / "run"),
         pictures=pictures(output / "images", root),
-        random_base=is_random(output / "base"),
+        random_base=is_random(output / "run"),
         journal=journal,
     )
     write_atomic(output / "report.html", page)
@@ -232,18 +232,16 @@ def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[in
 
 
 def pictures(folder: Path, root: Path) -> list[dict[str, Any]]:
-    """Return the generated pictures with what was asked, grouped by prompt; each group with its reference sketch."""
+    """Return the generated pictures with what was asked, grouped by held-out sample, each with its frame and sketch."""
     index = folder / "index.json"
     if not index.is_file():
         return []
     groups: dict[str, dict[str, Any]] = {}
     for item in json.loads(index.read_text()):
-        group = groups.setdefault(item["prompt"], {"prompt": item["prompt"], "reference": None, "made": []})
+        group = groups.setdefault(item["group"], {"frame_id": item["group"], "prompt": item["prompt"], "made": []})
         group["made"].append({**item, "picture": picture((folder / item["file"]).read_bytes())})
-        group["frame_id"] = item["reference"] or group.get("frame_id")
-    for group in groups.values():
-        if group["frame_id"]:
-            group["reference"] = picture(training_sketch(root, group["frame_id"]))
+    for frame_id, group in groups.items():
+        group["reference"] = picture(training_sketch(root, frame_id))
     return list(groups.values())
 
 
@@ -258,10 +256,10 @@ def picture(data: bytes, long_side: int = THUMBNAIL) -> dict[str, Any]:
     return {"uri": uri, "width": image.width, "height": image.height}
 
 
-def is_random(base: Path) -> bool:
-    """Return whether `base` is a twin with random weights, as `python -m trainer twin` marks it."""
-    marker = base / "twin.json"
-    return marker.is_file() and bool(json.loads(marker.read_text())["random_weights"])
+def is_random(run: Path) -> bool:
+    """Return whether the adapter of the run folder was trained on a base with random weights, as its config says."""
+    config = run / "adapter/config.json"
+    return config.is_file() and bool(json.loads(config.read_text())["base"].get("random_weights"))
 
 
 def _name(uri: str) -> str:

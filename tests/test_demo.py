@@ -489,14 +489,14 @@ def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
     from cluster.pictures import requests_for
 
     (tmp_path / "dataset").symlink_to(small_dataset)
-    for folder in ("run", "images", "base"):
-        (tmp_path / folder).mkdir()
+    for folder in ("run/adapter", "images"):
+        (tmp_path / folder).mkdir(parents=True)
     rows: list[dict[str, Any]] = [
         {"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)
     ]
     rows.append({"step": 40, "validation_loss": 0.0625})
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "base/twin.json").write_text('{"random_weights": true}')
+    (tmp_path / "run/adapter/config.json").write_text('{"base": {"random_weights": true}}')
     index = []
     for i, request in enumerate(requests_for(small_dataset)):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
@@ -567,7 +567,7 @@ def test_failed_sources_and_candidates_are_shown_with_their_errors(finished_demo
 
 
 def test_the_banner_is_gone_with_a_trained_base(finished_demo: Path) -> None:
-    (finished_demo / "base/twin.json").unlink()
+    (finished_demo / "run/adapter/config.json").write_text('{"base": {"random_weights": false}}')
     page = report.write_report(finished_demo, {"steps": {}, "versions": {}, "machine": ""}).read_text()
     assert "random weights" not in page
 

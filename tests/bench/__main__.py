@@ -19,8 +19,9 @@ def main(names: list[str]) -> int:
     from tests.bench.decoding import decoding
     from tests.bench.harness import HEADER
     from tests.bench.sampling import sampling
+    from tests.bench.sketching import sketching
 
-    tables = {"decoding": decoding, "sampling": sampling}
+    tables = {"decoding": decoding, "sampling": sampling, "sketching": sketching}
     unknown = set(names) - set(tables)
     if unknown:
         print(f"No benchmark {', '.join(sorted(unknown))}. There are: {', '.join(tables)}.", file=sys.stderr)
