@@ -203,7 +203,7 @@ def test_what_is_asked_on_loopback_goes_past_the_proxy(stub_server: str, closed_
     told = cluster.get("/api/jobs/")
     assert (told["path"], told["authorization"]) == ("/api/jobs/", "Bearer secret")
     assert demo._healthy(stub_server)
-    asked = pictures.Request(route="generations", prompt="a", reference=None, seed=5)
+    asked = pictures.Request(route="generations", group="f", prompt="a", reference=None, seed=5)
     assert list(pictures.ask(stub_server, tmp_path, [asked], tmp_path / "images")) == [asked]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def twin(args: argparse.Namespace) -> int:
 
 def micro(args: argparse.Namespace) -> int:
     """Make the micro family, or one stage of it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of model loading
     from trainer.micro import exam, publish, stages
 
     for given, known, what in ((args.stage, stages.STAGES, "stage"), (args.measure, exam.SECTIONS, "measure")):
