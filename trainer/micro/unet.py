@@ -21,7 +21,7 @@ from trainer.micro.sheet import write_sheet
 from trainer.micro.text import caption_of
 from trainer.micro.training import Recipe, train
 
-RECIPE = Recipe(steps=6000, batch_size=32, learning_rate=1e-3, ema=0.998, decay_from=0.5)
+RECIPE = Recipe(steps=4500, batch_size=32, learning_rate=1e-3, ema=0.998, decay_from=0.5)
 FACTOR = 4  # pixels per latent along a side
 FOCUS = 0.35  # share of samples that are taken from single busts, which the measures judge, beside their own share
 NO_TEXT = 0.1  # share of samples without text, for classifier-free guidance
