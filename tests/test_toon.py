@@ -26,8 +26,8 @@ from factory.toon import (
     write_clips,
 )
 from factory.toon.canvas import Canvas, box, poly
-from factory.toon.film import finished, truth_path
 from factory.toon.traits import BACKGROUNDS, CAMERAS, WORDS
+from factory.toon.video import finished, truth_path
 
 SMALL = {"shots": 6, "fps": 12, "size": (160, 90)}
 

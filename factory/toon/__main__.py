@@ -2,7 +2,7 @@
 
 import argparse
 
-from .film import write_clips
+from .video import write_clips
 
 
 def main() -> None:
