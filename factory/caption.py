@@ -44,8 +44,8 @@ class CaptionConfig:
 
     __pydantic_config__ = STRICT
 
-    # The captioner, a BLIP in an absolute folder; "rule:colours-1" names light and colours only, without a model.
-    model: str = RULE
+    # The captioner, a BLIP: a shipped id, or an absolute folder; "rule:colours-1" names light and colours only.
+    model: str = "animesketch/captioner"
     # Appended to the caption wherever a sample's text is used: "{caption}, {keywords}".
     keywords: tuple[str, ...] = ("anime sketch", "line art")
 

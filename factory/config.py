@@ -72,6 +72,7 @@ def paper() -> FactoryConfig:
     return FactoryConfig(
         selection=SelectionConfig(min_short_side=1080),
         sketch=SketchConfig(size=10240, square=True),
+        caption=CaptionConfig(model=caption.RULE),  # the shipped captioner knows nothing but drawn footage
         samples_per_unit=4,
     )
 

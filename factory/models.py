@@ -35,5 +35,10 @@ def model_id(name_or_path: str) -> str:
     """Return what rows record of a model: its id or folder's name, never a path, and 8 digits of its weights' hash."""
     folder = find_model(name_or_path)
     name = name_or_path if name_or_path.startswith(OWNER) else folder.name
-    digests = sorted(sha256_file(file) for file in folder.glob("*.safetensors"))
-    return f"{name}@{hashlib.sha256(''.join(digests).encode()).hexdigest()[:8]}"
+    return f"{name}@{weights_hash(folder)}"
+
+
+def weights_hash(folder: Path) -> str:
+    """Return 8 digits of a hash over all safetensors files below `folder`."""
+    digests = sorted(sha256_file(file) for file in folder.rglob("*.safetensors"))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]

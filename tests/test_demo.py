@@ -203,7 +203,7 @@ def test_what_is_asked_on_loopback_goes_past_the_proxy(stub_server: str, closed_
     told = cluster.get("/api/jobs/")
     assert (told["path"], told["authorization"]) == ("/api/jobs/", "Bearer secret")
     assert demo._healthy(stub_server)
-    asked = pictures.Request(route="generations", group="f", prompt="a", reference=None, seed=5)
+    asked = pictures.Request(shows="a", route="generations", group="f", prompt="a", reference=None, seed=5)
     assert list(pictures.ask(stub_server, tmp_path, [asked], tmp_path / "images")) == [asked]
 
 
@@ -322,7 +322,7 @@ def test_a_failed_step_stops_the_demo_with_its_log_and_status_1(tmp_path: Path, 
     assert "ended with status 5" in told
     assert "No codec can write this." in told
     assert str(tmp_path / "demo/logs/footage.log") in told
-    assert not (tmp_path / "demo/base").exists()
+    assert not (tmp_path / "demo/dataset").exists()
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,6 @@ class Steps:
         self.code: dict[str, str] = {}  # in place of the code's bytes
         monkeypatch.setattr(demo.footage, "draw_clips", self.draw_clips)
         monkeypatch.setattr(demo.footage, "fetch_bunny", lambda folder, log: (folder / demo.footage.BUNNY).touch())
-        monkeypatch.setattr(demo, "run", lambda command, log: self.fill("base/SHA256SUMS"))
         monkeypatch.setattr(demo, "LocalCluster", lambda log: contextlib.nullcontext(self))
         monkeypatch.setattr(demo, "server", lambda *_: contextlib.nullcontext("http://x"))
         monkeypatch.setattr(demo, "write_report", lambda output, journal: output / "report.html")
@@ -378,12 +377,12 @@ class Steps:
 def test_what_comes_of_changed_footage_or_code_is_made_anew(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     steps = Steps(tmp_path, monkeypatch)
     demo.demo(tmp_path)
-    everything = ["footage", "base", "dataset", "run", "images"]
+    everything = ["footage", "dataset", "run", "images"]
     assert steps.done == everything
     for changed, redone in (
         ("", []),
         ("serving", ["images"]),
-        ("trainer", ["base", "run", "images"]),
+        ("trainer", ["run", "images"]),
         ("factory", ["dataset", "run", "images"]),
         ("factory/toon", ["footage", "dataset", "run", "images"]),
     ):
@@ -489,14 +488,13 @@ def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
     from cluster.pictures import requests_for
 
     (tmp_path / "dataset").symlink_to(small_dataset)
-    for folder in ("run/adapter", "images"):
-        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("run", "images"):
+        (tmp_path / folder).mkdir()
     rows: list[dict[str, Any]] = [
         {"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)
     ]
     rows.append({"step": 40, "validation_loss": 0.0625})
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "run/adapter/config.json").write_text('{"base": {"random_weights": true}}')
     index = []
     for i, request in enumerate(requests_for(small_dataset)):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
@@ -517,13 +515,14 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
     for row in report.sample_rows(finished_demo / "dataset"):
         assert row["caption"] in page
         assert f"{row['source']} at {row['timestamp']:.2f} s" in page
-    assert "random weights" in page
+    assert "adapter: keywords, sketch" in page
     assert "0.0625" in page
     assert "<svg" in page
     assert "1 min 01 s" in page
     assert "ray job submit -- x" in page
     # one file: every picture is inside, nothing is loaded, text is escaped
-    assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'<img[^>]* src="([^"]*)"', page))
+    kinds = {source.split(",")[0] for source in re.findall(r'<img[^>]* src="([^"]*)"', page)}
+    assert kinds == {"data:image/jpeg;base64", "data:image/png;base64"}
     assert not re.search(r'(?:href|src)="(?!data:|#)', page)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -564,12 +563,6 @@ def test_failed_sources_and_candidates_are_shown_with_their_errors(finished_demo
     assert "<dt>sources failed, whole or in part</dt><dd>2</dd>" in page
     for line in ("partial: ends at &lt;3&gt; s", "failed: not a video"):
         assert f'<td class="wide failed">{line}</td>' in page
-
-
-def test_the_banner_is_gone_with_a_trained_base(finished_demo: Path) -> None:
-    (finished_demo / "run/adapter/config.json").write_text('{"base": {"random_weights": false}}')
-    page = report.write_report(finished_demo, {"steps": {}, "versions": {}, "machine": ""}).read_text()
-    assert "random weights" not in page
 
 
 def test_rows_come_from_all_sources_before_any_comes_twice() -> None:

@@ -58,7 +58,7 @@ def test_every_row_is_complete_and_traceable(small_dataset: Path, films: Path) -
         held_out = sources[row["source_id"]]["uri"].endswith("toon-01.mp4")
         assert row["split"] == ("validation" if held_out else "train")
         assert row["caption"]
-        assert row["caption_by"].startswith("rule:")
+        assert row["caption_by"].startswith("animesketch/captioner@")
         assert row["keywords"] == ["anime sketch", "line art"]
         assert (row["sketch_width"], row["sketch_height"]) == (row["width"], row["height"]) == (480, 270)
         assert all(row["stages"].values())

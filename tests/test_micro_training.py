@@ -146,6 +146,8 @@ def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: 
     capsys.readouterr()
     assert main([*command, "--stage", "vae"]) == 0
     assert "vae        done already" in capsys.readouterr().out
+    assert main(["micro", "--output", str(made), "--stage", "vae"]) == 2  # the same folder, the whole recipe
+    assert "another recipe" in capsys.readouterr().err
     assert main([*command, "--install"]) == 2
     assert "A trial's models have seen four steps" in capsys.readouterr().err
     shop = stages.Workshop(made)
@@ -154,6 +156,8 @@ def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: 
     for folder in written:
         check_sealed(folder)
     StableDiffusionPipeline.from_pretrained(tmp_path / "trainer/micro", local_files_only=True)
+    card = (tmp_path / "trainer/micro/README.md").read_text()
+    assert "- unet: steps 4, batch_size 4" in card  # how these weights were made, not what the code now says
     for path in (tmp_path / "trainer").rglob("*.json"):
         assert str(tmp_path) not in path.read_text()
     (made / "matcher/model").rename(made / "matcher/gone")

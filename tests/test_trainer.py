@@ -398,7 +398,7 @@ def test_help_teaches_and_wrong_usage_ends_with_two(capsys: pytest.CaptureFixtur
     for arguments, message in (
         (["fit", "--output", "/tmp/x"], "No dataset given"),
         (["fit", "--root", "/tmp/x"], "No run folder given"),
-        (["fit", "--root", "/tmp/x", "--output", "/tmp/y"], "No base model given"),
+        (["fit", "--root", "/tmp/x", "--output", "/tmp/y", "--base", ""], "No base model given"),
         (["fit", "--set", "learning_rat=1"], "Did you mean learning_rate?"),
         (["fit", "--set", "data.resolution=100"], "multiple of 8"),
     ):

@@ -17,9 +17,8 @@ from trainer.run import RunBusy
 DONE, UNFINISHED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 EXAMPLES = """examples:
-  a small random base, and a trial on it (minutes on two CPU cores; the pictures are noise, the run is real):
-    python -m trainer twin --output /tmp/twin
-    python -m trainer fit --root /data/anime --output /runs/trial --base /tmp/twin --max-train-steps 50
+  an adapter on the shipped small base (minutes on two CPU cores):
+    python -m trainer fit --root /data/anime --output /runs/trial --max-train-steps 200
   the paper's run on eight GPUs of a cluster:
     ray job submit --working-dir . -- python -m trainer fit --preset paper --root s3://bucket/anime \\
         --output /shared/runs/paper --num-workers 8
@@ -158,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
         "--measure",
         metavar="NAME",
         nargs="*",
-        help="measure the shipped models: all, or some of vae, clip, matcher, captioner, sketch, base, adapter",
+        help="measure the shipped models: all, or some of vae, clip, matcher, captioner, sketch, base, held-out, "
+        "framings, step, adapter",
     )
     verb.add_argument(
         "--threads",

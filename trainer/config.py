@@ -111,6 +111,7 @@ class TrainerConfig:
 def micro() -> TrainerConfig:
     """Return the embedded default: small pictures and numbers, for CPU cores."""
     return TrainerConfig(
+        pretrained_model_name_or_path="animesketch/micro",  # shipped, trainer/weights/micro
         data=DataConfig(resolution=64),
         learning_rate=1e-3,
         max_train_steps=300,

@@ -161,8 +161,8 @@ def _absolute(config: TrainerConfig) -> TrainerConfig:
         raise ValueError("No dataset given. Say where it is: --root /path/of/the/dataset")
     if not config.pretrained_model_name_or_path:
         raise ValueError(
-            "No base model given. Say --base with a diffusers folder or hub id; a small random one for a trial is made "
-            "by: python -m trainer twin --output /path/of/the/twin"
+            "No base model given. Say --base with a diffusers folder or hub id; the small one that is shipped is "
+            "animesketch/micro."
         )
     return dataclasses.replace(
         config,

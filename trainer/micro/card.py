@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from factory.models import weights_hash
 from trainer.micro import lines as sketching
 from trainer.micro import probe
-from trainer.micro.stages import COUNTS, RECIPES, Workshop
+from trainer.micro.stages import COUNTS, Workshop
 
 CARDS: dict[
     str, tuple[str, tuple[str, ...], tuple[str, ...], str]
@@ -29,21 +30,22 @@ CARDS: dict[
     "micro": (
         "base",
         ("clip", "vae", "unet"),
-        ("vae", "base", "adapter"),
+        ("vae", "base", "held-out", "framings", "adapter", "step"),
         "A Stable Diffusion v1.5 family, narrow: text encoder, image encoder, VAE (64 x 64 px to 16 x 16 x 8) and "
-        "UNet with v1.5's levels, block types and layers; DDIM with v1.5's schedule, guidance scale 2.5.",
+        "UNet with v1.5's levels, block types and layers; DDIM with v1.5's schedule, guidance scale 3.5.",
     ),
     "clip": (
         "judging CLIP pair",
         ("judge-clip",),
         ("clip",),
-        "A CLIP pair that only judges: no model is trained with it.",
+        "A CLIP pair that only judges: no model is trained with it. It has learned from the same drawings as the base.",
     ),
     "matcher": (
         "judging matcher",
         ("matcher",),
         ("matcher",),
-        "A BLIP matcher of pictures and texts (`BlipForImageTextRetrieval`) that only judges.",
+        "A BLIP matcher of pictures and texts (`BlipForImageTextRetrieval`) that only judges. It has learned from the "
+        "same drawings as the base.",
     ),
     "probe": (
         "attribute probe",
@@ -55,8 +57,8 @@ CARDS: dict[
 }
 
 
-def card(shop: Workshop, name: str) -> str:
-    """Return the model card of the shipped folder `name` as Markdown; measures are those of the last exam, if any."""
+def card(shop: Workshop, folder: Path, name: str) -> str:
+    """Return the card of the model `name`, whose weights are in `folder`, as Markdown; with its measures, if any."""
     title, stages, sections, what = CARDS[name]
     lines = [
         "---",
@@ -77,12 +79,19 @@ def card(shop: Workshop, name: str) -> str:
         )
     lines += [f"What `factory/toon` draws, nothing else, the same for the same seed: {drawn}."]
     lines += ["", "## Training", "", "`python -m trainer micro --output DIR`, on CPU cores:", ""]
-    lines += [f"- {stage}: {_words(asdict(RECIPES[stage]))}" for stage in stages]
+    for stage in stages:
+        facts = shop.facts(stage)
+        lines += [
+            f"- {stage}: {_words(facts['recipe'])}; {facts['seconds'] / 60:.0f} minutes, threads: {facts['threads']}"
+        ]
     measures = shop.folder / "exam/measures.json"
     held = json.loads(measures.read_text()) if measures.is_file() else {}
-    found = {section: held[section] for section in sections if section in held}
+    weights = weights_hash(folder)
+    found = {name: held[name] for name in sections if name in held and held[name]["weights"] == weights}
     if found:
-        lines += ["", "## Measures", "", "```json", json.dumps(found, indent=1), "```"]
+        lines += ["", "## Measures", "", "On drawings that no training saw (`trainer/micro/measure.py` says how)."]
+    for section, results in found.items():
+        lines += ["", f"### {section}", "", *_table({key: value for key, value in results.items() if key != "weights"})]
     lines += ["", "## Limits", ""]
     lines += [
         "Procedural material of one drawing style and a closed vocabulary. It shows that the code works; it says "
@@ -93,7 +102,32 @@ def card(shop: Workshop, name: str) -> str:
 
 def write_card(shop: Workshop, folder: Path, name: str) -> None:
     """Write `folder`/README.md."""
-    (folder / "README.md").write_text(card(shop, name))
+    (folder / "README.md").write_text(card(shop, folder, name))
+
+
+def _table(results: dict[str, Any]) -> list[str]:
+    """Return nested results as Markdown: each innermost group is a row, single numbers come before."""
+    singles: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+
+    def sort(found: dict[str, Any], path: str) -> None:
+        numbers = {name: value for name, value in found.items() if not isinstance(value, dict)}
+        if numbers and path:
+            rows[path] = numbers
+        elif numbers:
+            singles.update(numbers)
+        for name, value in found.items():
+            if isinstance(value, dict):
+                sort(value, f"{path}, {name}" if path else name)
+
+    sort(results, "")
+    lines = [f"- {name}: {value}" for name, value in singles.items()]
+    if rows:
+        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        lines += [""] if lines else []
+        lines += [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        lines += [f"| {name} | {' | '.join(str(row.get(key, '')) for key in columns)} |" for name, row in rows.items()]
+    return lines
 
 
 def _words(recipe: dict) -> str:

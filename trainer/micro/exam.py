@@ -16,7 +16,8 @@ from transformers import BertTokenizer, BlipForImageTextRetrieval, CLIPModel, CL
 
 from factory.caption import Captioner
 from factory.files import write_atomic
-from factory.models import find_model
+from factory.models import WEIGHTS as FACTORY
+from factory.models import find_model, weights_hash
 from factory.sketch.engine import SketchConfig, sketch
 from trainer.backbone import Backbone, load_backbone
 from trainer.base import MICRO, WEIGHTS
@@ -27,11 +28,10 @@ from trainer.micro.pictures import Pictures
 from trainer.micro.probe import Probe
 from trainer.micro.sheet import write_sheet
 from trainer.micro.stages import Workshop
-from trainer.micro.unet import Latents, Sampler, TextStates
+from trainer.micro.unet import Latents, Sampler
 from trainer.micro.vae import reconstruct
 
 JUDGE = WEIGHTS / "judge"
-GUIDANCE = 2.5  # chosen on prompts of other seeds
 SEEDS = (1, 2, 3)
 PROMPTS = 300
 ADAPTER_SECONDS = 300.0
@@ -52,30 +52,27 @@ class Exam:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        text = TextStates(self.backbone.tokenizer, self.backbone.text_encoder)
-        return Sampler(self.backbone.vae, self.backbone.unet, text)
+        return Sampler(self.backbone.vae, self.backbone.unet, self.backbone.encode_text)
 
-    def base(self) -> dict[str, Any]:
-        """What prompts of single busts by day give, of seen and of held-out combinations; chance beside it."""
-        found: dict[str, Any] = {
-            "guidance_scale": GUIDANCE,
-            "chance": measure.CHANCE,
-            "guided_step_ms": measure.guided_step_ms(self.sampler),
-        }
-        for name, held_out in (("seen", False), ("held out", True)):
-            mix = {"judged": True, "held_out": held_out}
-            by_seed, pictures, texts = measure.base(
-                self.sampler, self.probe, count=PROMPTS, seeds=SEEDS, guidance_scale=GUIDANCE, **mix
-            )
-            found[name] = by_seed | {"mean": _mean(list(by_seed.values()))}
-            write_sheet(pictures[:60], self.folder / f"base-{name.replace(' ', '-')}.png")
-            write_atomic(self.folder / f"base-{name.replace(' ', '-')}.txt", "\n".join(texts[:60]) + "\n")
-        by_seed, pictures, _ = measure.base(
-            self.sampler, self.probe, count=100, seeds=SEEDS[:1], guidance_scale=GUIDANCE
+    def base(self, *, held_out: bool = False) -> dict[str, Any]:
+        """What prompts of single busts by day give, and chance; `held_out`: of combinations that no training saw."""
+        by_seed, pictures, texts = measure.base(
+            self.sampler, self.probe, count=PROMPTS, seeds=SEEDS, judged=True, held_out=held_out
         )
-        found["all framings, light and pairs"] = by_seed["seed 1"]
-        write_sheet(pictures[:60], self.folder / "base-mixed.png")
-        return found
+        name = "held-out" if held_out else "base"
+        write_sheet(pictures[:60], self.folder / f"{name}.png")
+        write_atomic(self.folder / f"{name}.txt", "\n".join(texts[:60]) + "\n")
+        return {"chance": measure.CHANCE} | by_seed | {"mean": _mean(list(by_seed.values()))}
+
+    def framings(self) -> dict[str, Any]:
+        """What prompts of any framing and light give, some of two figures, of which the first is looked at."""
+        by_seed, pictures, _ = measure.base(self.sampler, self.probe, count=100, seeds=SEEDS[:1])
+        write_sheet(pictures[:60], self.folder / "framings.png")
+        return by_seed
+
+    def step(self) -> dict[str, Any]:
+        """The time of one step with guidance of one picture, with as many threads as the command was given."""
+        return {"threads": self.shop.threads, "ms": measure.guided_step_ms(self.sampler)}
 
     def vae(self) -> dict[str, Any]:
         """Reconstructions of pictures that no training saw."""
@@ -113,11 +110,15 @@ class Exam:
         return {split: measure.captioner(captioner, self.shop.corpus(split)) for split in ("validation", "held-out")}
 
     def sketch(self) -> dict[str, Any]:
-        """F-scores of lines within a pixel, on drawings that no training saw."""
+        """F-scores of lines within a pixel, on drawings that no training saw: as drawn, and worn as films are."""
         pairs = lines.drawings(self.folder, "validation", 60)
+        worn = [(lines.worn(image, np.random.default_rng(i)), true) for i, (image, true) in enumerate(pairs)]
         return {
-            name: round(float(np.mean(measure.sketch_scores(functools.partial(sketch, config=config), pairs))), 4)
-            for name, config in ((name, SketchConfig(converter=name)) for name in ("micro", "xdog"))
+            kind: {
+                name: round(float(np.mean(measure.sketch_scores(functools.partial(sketch, config=config), drawn))), 4)
+                for name, config in ((name, SketchConfig(converter=name)) for name in ("micro", "xdog"))
+            }
+            for kind, drawn in (("as drawn", pairs), ("worn", worn))
         }
 
     def adapter(self) -> dict[str, Any]:
@@ -126,12 +127,12 @@ class Exam:
         train, held_out = self.shop.pictures("train"), self.shop.pictures("validation")
         latents = Latents(self.backbone.vae, train)
         for seed in SEEDS:
-            model = measure.Adapted(self.sampler, self.backbone.image_encoder, seed)
+            model = measure.Adapted(self.backbone, self.sampler, seed)
             steps = model.train(train, latents, self.shop.corpus("train").scenes, ADAPTER_SECONDS)
             scenes = self.shop.corpus("validation").scenes
             found[f"seed {seed}"] = {"steps": steps} | measure.adapted(model, self.probe, held_out, scenes)
             self._adapter_sheet(model, held_out, seed)
-            model.adapter.detach(self.sampler.unet)
+            model.adapter.detach(self.backbone.unet)
             print(json.dumps(found[f"seed {seed}"]), flush=True)
         return found
 
@@ -143,8 +144,17 @@ class Exam:
         write_sheet(torch.cat(rows), self.folder / f"adapter-{seed}.png")
 
 
-SECTIONS: dict[str, Callable[[Exam], dict[str, Any]]] = {
-    name: getattr(Exam, name) for name in ("vae", "clip", "matcher", "captioner", "sketch", "base", "adapter")
+SECTIONS: dict[str, tuple[Callable[[Exam], dict[str, Any]], Path]] = {  # each with the folder that is measured
+    "vae": (Exam.vae, WEIGHTS / "micro"),
+    "clip": (Exam.clip, JUDGE / "clip"),
+    "matcher": (Exam.matcher, JUDGE / "matcher"),
+    "captioner": (Exam.captioner, FACTORY / "captioner"),
+    "sketch": (Exam.sketch, FACTORY / "sketch"),
+    "base": (Exam.base, WEIGHTS / "micro"),
+    "held-out": (functools.partial(Exam.base, held_out=True), WEIGHTS / "micro"),
+    "framings": (Exam.framings, WEIGHTS / "micro"),
+    "step": (Exam.step, WEIGHTS / "micro"),
+    "adapter": (Exam.adapter, WEIGHTS / "micro"),
 }
 
 
@@ -154,7 +164,8 @@ def run(shop: Workshop, sections: list[str]) -> Path:
     exam = Exam(shop)
     path = exam.folder / "measures.json"
     for name in sections:
-        found = SECTIONS[name](exam)
+        measured, folder = SECTIONS[name]
+        found = {"weights": weights_hash(folder)} | measured(exam)
         held = json.loads(path.read_text()) if path.is_file() else {}
         write_atomic(path, json.dumps(held | {name: found}, indent=1) + "\n")
         print(f"{name}: {json.dumps(found)}", flush=True)

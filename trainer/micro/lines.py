@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from factory import toon
 from factory.files import new_file
 from factory.sketch.generator import SketchGenerator
+from factory.toon.film import CODE
 from trainer.micro.corpus import random_scene
 from trainer.micro.training import Recipe, train
 
@@ -26,7 +27,7 @@ SIZES = (240, 360, 480, 720)  # short sides that pictures are drawn at
 
 def drawings(folder: Path, name: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return `count` crops (256 x 256 or the whole) of drawings of many sizes with their line layers, drawn once."""
-    path = folder / f"{name}.npz"
+    path = folder / f"{name}-{count}-{CODE}.npz"
     if not path.is_file():
         images, lines = [], []
         for i in range(count):

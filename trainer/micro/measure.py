@@ -14,19 +14,18 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
 
 from factory.caption import Captioner
 from factory.toon.traits import Scene
 from trainer.adapter import Adapter, AdapterConfig
-from trainer.backbone import ddim
+from trainer.backbone import Backbone, ddim
 from trainer.loss import add_noise, noise_loss
 from trainer.micro import blip
 from trainer.micro.attributes import JUDGED, VALUES, named, value_of
-from trainer.micro.clip import normalised
 from trainer.micro.corpus import Corpus, random_scene
 from trainer.micro.pictures import SIDE, Pictures
 from trainer.micro.probe import Probe, judge
+from trainer.micro.sheet import as_images
 from trainer.micro.text import caption_of
 from trainer.micro.unet import FACTOR, Latents, Sampler
 from trainer.micro.vae import psnr, reconstruct
@@ -48,7 +47,6 @@ def base(
     *,
     count: int,
     seeds: Sequence[int],
-    guidance_scale: float,
     steps: int = 50,
     **mix: bool,
 ) -> tuple[dict[str, dict[str, float]], Tensor, list[str]]:
@@ -60,10 +58,7 @@ def base(
     texts = [caption_of(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
     found, first = {}, torch.empty(0)
     for seed in seeds:
-        parts = [
-            sampler(texts[i : i + _PART], seed=100_000 * seed + i, guidance_scale=guidance_scale, steps=steps)
-            for i in range(0, count, _PART)
-        ]
+        parts = [sampler(texts[i : i + _PART], seed=100_000 * seed + i, steps=steps) for i in range(0, count, _PART)]
         pictures = torch.cat(parts)
         first = pictures if not len(first) else first
         hits = judge(probe, pictures, scenes)
@@ -163,7 +158,7 @@ def captioner(captioner: Captioner, corpus: Corpus) -> dict[str, Any]:
 
 
 def sketch_scores(
-    convert: Callable[[np.ndarray], np.ndarray], pairs: Sequence[tuple[np.ndarray, np.ndarray]]
+    convert: Callable[[np.ndarray], np.ndarray], pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, reach: int = 1
 ) -> list[float]:
     """Return the F-scores of a converter (RGB uint8 -> lines uint8) on each (picture, exact lines), at its best level.
 
@@ -171,7 +166,7 @@ def sketch_scores(
     """
     made = [convert(image) for image, _ in pairs]
     by_level = [
-        [f_score(m, lines, level=level) for m, (_, lines) in zip(made, pairs, strict=True)]
+        [f_score(m, lines, reach=reach, level=level) for m, (_, lines) in zip(made, pairs, strict=True)]
         for level in range(32, 256, 16)
     ]
     return max(by_level, key=lambda scores: sum(scores))
@@ -180,29 +175,18 @@ def sketch_scores(
 class Adapted:
     """The base with an adapter trained on the corpus for a while, and what references then bring through."""
 
-    def __init__(self, sampler: Sampler, image_encoder: CLIPVisionModelWithProjection, seed: int) -> None:
-        self.sampler, self.encoder = sampler, image_encoder
+    def __init__(self, backbone: Backbone, sampler: Sampler, seed: int) -> None:
+        self.backbone, self.sampler, self.seed = backbone, sampler, seed
         torch.manual_seed(seed)
-        width = sampler.text.encoder.config.hidden_size
-        config = AdapterConfig(cross_attention_dim=width, embedding_dim=image_encoder.config.hidden_size, dim=width)
-        self.adapter = Adapter.for_unet(sampler.unet, config)  # type: ignore[arg-type]
-        self.seed = seed
-
-    @torch.no_grad()
-    def features(self, pixels: Tensor) -> Tensor:
-        """Return hidden_states[-2] of the image encoder for pictures in [-1,1]."""
-        return self.encoder(normalised(pixels), output_hidden_states=True).hidden_states[-2]
-
-    @torch.no_grad()
-    def nothing(self, count: int) -> Tensor:
-        """Return the features of "no picture"."""
-        zeros = torch.zeros(1, 3, SIDE, SIDE)
-        return self.encoder(zeros, output_hidden_states=True).hidden_states[-2].expand(count, -1, -1)
+        width = backbone.unet.config.cross_attention_dim
+        embedding_dim = backbone.image_encoder.config.hidden_size
+        config = AdapterConfig(cross_attention_dim=width, embedding_dim=embedding_dim, dim=width)
+        self.adapter = Adapter.for_unet(backbone.unet, config)
 
     def train(self, pictures: Pictures, latents: Latents, scenes: list[Scene], seconds: float) -> int:
         """Train for so long on pictures that are their own references, half of them line art; return the steps."""
-        unet, scheduler, rng = self.sampler.unet, ddim(), np.random.default_rng(self.seed)
-        self.adapter.attach(unet)  # type: ignore[arg-type]
+        unet, scheduler, rng = self.backbone.unet, ddim(), np.random.default_rng(self.seed)
+        self.adapter.attach(unet)
         optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-3, weight_decay=0.01)
         begun, step = time.monotonic(), 0
         while (spent := time.monotonic() - begun) < seconds:
@@ -215,9 +199,9 @@ class Adapted:
                 "" if rng.random() < 0.6 else caption_of(scenes[i], rng, line=bool(line))
                 for i, line in zip(chosen, lines, strict=True)
             ]
-            hidden = self.features(pictures.read(chosen, lines))
+            hidden = self.backbone.encode_image(as_images(pictures.read(chosen, lines)))
             dropped = torch.from_numpy(rng.random(24) < 0.08)
-            hidden = torch.where(dropped[:, None, None], self.nothing(24), hidden)
+            hidden = torch.where(dropped[:, None, None], self.backbone.encode_image_null(24), hidden)
             made = self.adapter(unet, add_noise(scheduler, clean, noise, t), t, self.sampler.text(texts), hidden)
             loss = noise_loss(made, noise)
             loss.backward()
@@ -227,29 +211,26 @@ class Adapted:
         return step
 
     @torch.no_grad()
-    def draw(self, references: Tensor, *, scale: float = 1.0, guidance_scale: float = 2.5, steps: int = 50) -> Tensor:
+    def draw(self, references: Tensor, *, scale: float = 1.0, steps: int = 25) -> Tensor:
         """Return pictures for references (B,3,64,64), with an empty prompt."""
-        unet, vae, scheduler, count = self.sampler.unet, self.sampler.vae, ddim(), len(references)
-        shape = (vae.config.latent_channels, SIDE // FACTOR, SIDE // FACTOR)
-        generator = torch.Generator().manual_seed(1000 + self.seed)
-        x = torch.randn((count, *shape), generator=generator)
-        states = self.sampler.text([""] * (2 * count))
-        tokens = self.adapter.image_tokens(torch.cat([self.nothing(count), self.features(references)]))
-        scheduler.set_timesteps(steps)
-        for t in scheduler.timesteps:
-            free, led = self.adapter.denoise(unet, torch.cat([x, x]), t, states, tokens, scale).chunk(2)
-            x = scheduler.step(free + guidance_scale * (led - free), t, x).prev_sample
-        return vae.decode(x / vae.config.scaling_factor).sample.clamp(-1, 1)
+        hidden = self.backbone.encode_image(as_images(references))
+        tokens = self.adapter.image_tokens(torch.cat([self.backbone.encode_image_null(len(hidden)), hidden]))
+
+        def denoise(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+            return self.adapter.denoise(self.backbone.unet, x, t, states, tokens, scale)
+
+        return self.sampler([""] * len(hidden), seed=1000 * self.seed, steps=steps, denoise=denoise)
 
 
 def adapted(model: Adapted, probe: Probe, pictures: Pictures, scenes: list[Scene], count: int = 100) -> dict[str, Any]:
-    """Return what comes through of `count` held-out single busts with an empty prompt, by kind and scale."""
+    """Return what comes through of `count` held-out single busts with an empty prompt, by kind of reference.
+
+    `scale 0` is what there is without a reference, whatever it be: chance.
+    """
     busts = judged(pictures, scenes)[:count]
     chosen, found = [scenes[i] for i in busts], {}
-    for kind, lines in (("colour", False), ("line", True)):
+    for name, lines, scale in (("colour", False, 1.0), ("line", True, 1.0), ("scale 0", False, 0.0)):
         references = pictures.read(busts, np.full(len(busts), lines))
-        names = SHOWN_BY_LINES if lines else JUDGED
-        for scale in (1.0, 0.0):
-            made = torch.cat([model.draw(part, scale=scale) for part in references.split(_PART)])
-            found[f"{kind}, scale {scale:g}"] = shares(judge(probe, made, chosen), names)
+        made = torch.cat([model.draw(part, scale=scale) for part in references.split(_PART)])
+        found[name] = shares(judge(probe, made, chosen), SHOWN_BY_LINES if lines else JUDGED)
     return found

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from factory import toon
 from factory.files import new_file
+from factory.toon.film import CODE
 from factory.toon.traits import Scene
 from trainer.micro.attributes import COLOURS, VALUES, labels
 from trainer.micro.pictures import SIDE
@@ -63,7 +64,7 @@ def judge(probe: Probe, pixels_B3HW: Tensor, scenes: list[Scene]) -> dict[str, T
 
 def material(folder: Path, count: int = COUNT) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
     """Return images, lines and labels of the probe's own drawings, drawn once: one figure, all framings."""
-    path = folder / "material.npz"
+    path = folder / f"material-{count}-{CODE}.npz"
     if not path.is_file():
         images, lines, truth = [], [], []
         for i in range(count):

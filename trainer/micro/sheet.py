@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from factory.files import new_file
@@ -14,7 +15,7 @@ from factory.files import new_file
 
 def write_sheet(pictures_B3HW: Tensor, path: Path, columns: int = 12, zoom: int = 2) -> None:
     """Write pictures in [-1,1] as one PNG, `columns` in a row, enlarged; an unfinished row is filled with white."""
-    cells = (pictures_B3HW.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5).round().clip(0, 255).astype(np.uint8)
+    cells = _as_bytes(pictures_B3HW)
     missing = np.full((-len(cells) % columns, *cells.shape[1:]), 255, np.uint8)
     cells = np.concatenate([cells, missing])
     rows = [np.hstack(list(cells[i : i + columns])) for i in range(0, len(cells), columns)]
@@ -22,6 +23,15 @@ def write_sheet(pictures_B3HW: Tensor, path: Path, columns: int = 12, zoom: int 
     _, data = cv2.imencode(".png", cv2.cvtColor(whole, cv2.COLOR_RGB2BGR))
     with new_file(path) as aside:
         aside.write_bytes(data.tobytes())
+
+
+def as_images(pictures_B3HW: Tensor) -> list[Image.Image]:
+    """Return pictures in [-1,1] as PIL's."""
+    return [Image.fromarray(cell) for cell in _as_bytes(pictures_B3HW)]
+
+
+def _as_bytes(pictures_B3HW: Tensor) -> np.ndarray:
+    return (pictures_B3HW.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5).round().clip(0, 255).astype(np.uint8)
 
 
 def write_curve(curve: Path, path: Path) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ RECIPES = {
     "sketch": lines.RECIPE,
     "probe": probe.RECIPE,
 }
+FACTS = "training.json"  # beside each finished model
 COUNTS = {"train": 24_000, "validation": 1_000, "held-out": 600}  # pictures of the corpora
 
 
@@ -73,6 +76,11 @@ class Workshop:
             )
         return path
 
+    def facts(self, stage: str) -> dict[str, Any]:
+        """Return how the finished model of `stage` was trained: `recipe`, `seconds`, `threads`."""
+        held = json.loads((self.model(stage) / FACTS).read_text())
+        return held | {"recipe": held["recipe"] | {"betas": tuple(held["recipe"]["betas"])}}
+
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.model("tokenizer") / "clip", local_files_only=True)
 
@@ -108,13 +116,18 @@ def _vae(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
 
 def _unet(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
     coder = AutoencoderKL.from_pretrained(shop.model("vae"), local_files_only=True)
-    latents, held_out = (unet.Latents(coder, shop.pictures(name)) for name in ("train", "validation"))
-    scenes, held_out_scenes = shop.corpus("train").scenes, shop.corpus("validation").scenes
-    save(
-        unet.train_unet(
-            coder, latents, scenes, (held_out, held_out_scenes), shop.text_states(), folder, shop.recipe("unet")
-        )
+    pictures, held_out = shop.pictures("train"), shop.pictures("validation")
+    made = unet.train_unet(
+        coder,
+        unet.Latents(coder, pictures),
+        shop.corpus("train").scenes,
+        pictures.wide,
+        (unet.Latents(coder, held_out), shop.corpus("validation").scenes),
+        shop.text_states(),
+        folder,
+        shop.recipe("unet"),
     )
+    save(made)
 
 
 def _captioner(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
@@ -153,11 +166,13 @@ def run(shop: Workshop, stages: list[str]) -> None:
     for stage in stages:
         folder = shop.folder / stage
         if shop.is_done(stage):
+            if stage in RECIPES and Recipe(**shop.facts(stage)["recipe"]) != shop.recipe(stage):
+                raise ValueError(f"{folder} was made by another recipe. Remove it to train anew.")
             print(f"{stage:<11}done already", flush=True)
             continue
         try:
             with locked(folder, wait=False):
-                STAGES[stage](shop, folder, functools.partial(_save, folder))
+                STAGES[stage](shop, folder, functools.partial(_save, shop, stage))
                 if (folder / "curve.jsonl").is_file():
                     write_curve(folder / "curve.jsonl", folder / "curve.svg")
         except BlockingIOError:
@@ -167,10 +182,14 @@ def run(shop: Workshop, stages: list[str]) -> None:
         print(f"{stage:<11}done: {folder / 'model'}", flush=True)
 
 
-def _save(folder: Path, model: Any = None, **parts: Any) -> None:
+def _save(shop: Workshop, stage: str, model: Any = None, **parts: Any) -> None:
+    folder = shop.folder / stage
     with new_folder(folder / "model") as aside:
         for name, part in parts.items():
             part.save_pretrained(aside / name)
         if model is not None:
             model.save_pretrained(aside)
+            last = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])
+            facts = {"recipe": asdict(shop.recipe(stage)), "seconds": last["seconds"], "threads": shop.threads}
+            (aside / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)

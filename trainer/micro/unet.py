@@ -4,6 +4,7 @@
 # (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from factory.caption import sample_text
 from factory.toon.traits import Scene
 from trainer.backbone import ddim
+from trainer.base import GUIDANCE
 from trainer.loss import add_noise
 from trainer.micro.pictures import LINES, SIDE, Pictures
 from trainer.micro.sheet import write_sheet
-from trainer.micro.text import caption_of
+from trainer.micro.text import KEYWORDS, caption_of
 from trainer.micro.training import Recipe, train
 
-RECIPE = Recipe(steps=4500, batch_size=32, learning_rate=1e-3, ema=0.998, decay_from=0.5)
+RECIPE = Recipe(steps=3200, batch_size=32, learning_rate=1e-3, ema=0.998, decay_from=0.5)
 FACTOR = 4  # pixels per latent along a side
 FOCUS = 0.35  # share of samples that are taken from single busts, which the measures judge, beside their own share
 NO_TEXT = 0.1  # share of samples without text, for classifier-free guidance
+NO_CAPTION = 0.1  # share of line layers whose text is the keywords alone, as where a film has no captions
 MIN_SNR = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", eq. for epsilon
 
 
@@ -84,25 +88,33 @@ def train_unet(
     vae: AutoencoderKL,
     latents: Latents,
     scenes: list[Scene],
+    wide: np.ndarray,
     held_out: tuple[Latents, list[Scene]],
     text: TextStates,
     folder: Path,
     recipe: Recipe = RECIPE,
 ) -> UNet2DConditionModel:
-    """Train it to predict the noise of SD v1.5's schedule, and return it with averaged weights."""
+    """Train it to predict the noise of SD v1.5's schedule, and return it with averaged weights.
+
+    `wide` (N,) says which pictures were drawn wide, and are fitted into the square between white bars.
+    """
     torch.manual_seed(recipe.seed)
     channels = latents.parts[0][0].shape[1]
     unet = new_unet(channels, text.encoder.config.hidden_size)
-    busts = np.array([i for i, scene in enumerate(scenes) if len(scene.figures) == 1 and scene.camera == "bust"])
+    squares = np.flatnonzero(~wide)
+    busts = np.array([i for i in squares if len(scenes[i].figures) == 1 and scenes[i].camera == "bust"])
     scheduler = ddim()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         count = recipe.batch_size
-        focus = rng.random(count) < FOCUS
-        chosen = np.where(focus, busts[rng.integers(len(busts), size=count)], rng.integers(len(scenes), size=count))
-        lines = rng.random(count) < LINES
+        lines, focus = rng.random(count) < LINES, rng.random(count) < FOCUS
+        # White bars above and below are nothing on paper, but no text tells of them in colour: wide pictures as lines.
+        chosen = np.where(lines, rng.integers(len(scenes), size=count), rng.choice(squares, count))
+        chosen = np.where(focus, rng.choice(busts, count), chosen)
         texts = [caption_of(scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
+        bare = lines & (rng.random(count) < NO_CAPTION)
+        texts = [sample_text(None, KEYWORDS) if b else t for b, t in zip(bare, texts, strict=True)]
         texts = ["" if silent else t for silent, t in zip(rng.random(count) < NO_TEXT, texts, strict=True)]
         clean = latents.read(chosen, lines)
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (count,))
@@ -137,19 +149,25 @@ def _fixed(latents: Latents, scenes: list[Scene], count: int = 256) -> tuple[Ten
 class Sampler:
     """DDIM with classifier-free guidance over a text, batched: what the base draws."""
 
-    def __init__(self, vae: AutoencoderKL, unet: nn.Module, text: TextStates) -> None:
+    def __init__(self, vae: AutoencoderKL, unet: nn.Module, text: Callable[[list[str]], Tensor]) -> None:
         self.vae, self.unet, self.text, self.scheduler = vae, unet, text, ddim()
 
     @torch.no_grad()
-    def __call__(self, texts: list[str], *, seed: int, steps: int = 50, guidance_scale: float = 2.5) -> Tensor:
-        """Return pictures (B,3,64,64) in [-1,1] of the texts; picture i uses the noise of `seed` + i."""
+    def __call__(
+        self, texts: list[str], *, seed: int, steps: int = 50, denoise: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """Return pictures (B,3,64,64) in [-1,1] of the texts; picture i uses the noise of `seed` + i.
+
+        `denoise` takes the UNet's place: latents (2B,8,16,16), the time step and text states, first those of no text.
+        """
         shape = (self.vae.config.latent_channels, SIDE // FACTOR, SIDE // FACTOR)
         x = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(texts))]
         )
         states = torch.cat([self.text([""] * len(texts)), self.text(texts)])
+        denoise = denoise or (lambda *inputs: self.unet(*inputs).sample)
         self.scheduler.set_timesteps(steps)
         for t in self.scheduler.timesteps:
-            free, led = self.unet(torch.cat([x, x]), t, states).sample.chunk(2)
-            x = self.scheduler.step(free + guidance_scale * (led - free), t, x).prev_sample
+            free, led = denoise(torch.cat([x, x]), t, states).chunk(2)
+            x = self.scheduler.step(free + GUIDANCE * (led - free), t, x).prev_sample
         return self.vae.decode(x / self.vae.config.scaling_factor).sample.clamp(-1, 1)
