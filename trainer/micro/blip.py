@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from factory.toon.traits import Scene
+from factory.toon.traits import WORDS, Scene
 from trainer.micro.attributes import COLOURS, VALUES, value_of
 from trainer.micro.clip import normalised
 from trainer.micro.corpus import Corpus, is_held_out
@@ -30,7 +31,6 @@ ALONE = (
     0.5  # share of the steps, the first, in which the image tower learns alone: such a step takes a third of the time
 )
 HEADS = 3.0  # weight of its read-outs after that
-HIDDEN = 0.3  # share of a text's words that the matcher has to read from the picture
 
 
 def new_blip(kind: type, tokenizer: BertTokenizer) -> nn.Module:
@@ -111,19 +111,34 @@ def changed(scene: Scene, rng: np.random.Generator, *, line: bool = False) -> Sc
     What is held out from training stays so, and what is not stays that: a combination that is only ever seen in false
     texts would give itself away.
     """
-    names = [name for name in VALUES if not (line and name in COLOURS)]
-    names = [name for name in names if not (name == "clothes" and scene.camera == "close-up")]
+    names = _told(scene, line)
     while True:
-        name = names[int(rng.integers(len(names)))]
-        others = [value for value in VALUES[name] if value != value_of(scene, name)]
-        change = {name: others[int(rng.integers(len(others)))]}
-        if hasattr(scene, name):
-            found = dataclasses.replace(scene, **change)
-        else:
-            figures = (dataclasses.replace(scene.figures[0], **change), *scene.figures[1:])
-            found = dataclasses.replace(scene, figures=figures)
+        found = _with_another(scene, names[int(rng.integers(len(names)))], rng)
         if _held_out(found) == _held_out(scene):
             return found
+
+
+def scrambled(scene: Scene, rng: np.random.Generator, *, line: bool = False) -> Scene:
+    """Return the scene with each captioned attribute changed or not, as a coin falls; held out as `changed` does."""
+    while True:
+        found = scene
+        for name in _told(scene, line):
+            found = _with_another(found, name, rng) if rng.random() < 0.5 else found
+        if _held_out(found) == _held_out(scene):
+            return found
+
+
+def _told(scene: Scene, line: bool) -> list[str]:
+    names = [name for name in VALUES if not (line and name in COLOURS)]
+    return [name for name in names if not (name == "clothes" and scene.camera == "close-up")]
+
+
+def _with_another(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
+    others = [value for value in VALUES[name] if value != value_of(scene, name)]
+    change = {name: others[int(rng.integers(len(others)))]}
+    if hasattr(scene, name):
+        return dataclasses.replace(scene, **change)
+    return dataclasses.replace(scene, figures=(dataclasses.replace(scene.figures[0], **change), *scene.figures[1:]))
 
 
 def _held_out(scene: Scene) -> list[bool]:
@@ -135,18 +150,39 @@ def pair_of_texts(scene: Scene, rng: np.random.Generator, *, line: bool) -> tupl
     return caption_of(scene, rng, line=line), caption_of(changed(scene, rng, line=line), rng, line=line)
 
 
+FILLERS = {"a", "and", "at", "by", "her", "in", "of", "on", "the", "under"}
+
+
+class Words:
+    """Which tokens of a text about a scene are true of another scene, and which are not."""
+
+    def __init__(self, tokenizer: BertTokenizer) -> None:
+        self.ids: dict[tuple[str, str], set[int]] = {}
+        for name, values in VALUES.items():
+            for value in values:
+                words = set(re.findall(r"\w+", " ".join(WORDS[name][value]).lower())) - FILLERS
+                self.ids[name, value] = set(tokenizer.convert_tokens_to_ids(sorted(words)))
+
+    def labels(self, ids_T: Tensor, told: Scene, true: Scene) -> Tensor:
+        """Return for each token (T,) 1 where it tells what is not so, 0 where what is, -100 where neither or both."""
+        said, so = (set().union(*(self.ids[name, value_of(s, name)] for name in VALUES)) for s in (told, true))
+        wrong = [int(i) in said - so for i in ids_T]
+        right = [int(i) in said & so for i in ids_T]
+        return torch.tensor([1 if w else 0 if r else -100 for w, r in zip(wrong, right, strict=True)])
+
+
 def train_matcher(
     corpus: Corpus, tokenizer: BertTokenizer, folder: Path, recipe: Recipe = MATCHER
 ) -> BlipForImageTextRetrieval:
     """Train a matcher of pictures, colour and lines, and texts: ITM on changed and strange texts, and ITC.
 
-    A third task shares the text tower, as LM does in BLIP's own training (Li et al. 2022, section 3.2): words of true
-    texts are hidden and have to be told from the picture. Matching learns slowly without it.
+    Matching alone tells one bit of a text, and learns slowly; so of texts with many attributes changed, it is also told
+    which words are wrong.
     """
     torch.manual_seed(recipe.seed)
     blip: BlipForImageTextRetrieval = new_blip(BlipForImageTextRetrieval, tokenizer)  # type: ignore[assignment]
     frames, heads = Frames(corpus), Heads(WIDTH, corpus.scenes)
-    reader = nn.Linear(WIDTH, len(tokenizer))
+    reader, words = nn.Linear(WIDTH, 2), Words(tokenizer)
     model = nn.ModuleDict({"blip": blip, "heads": heads, "reader": reader})
     temperature = nn.Parameter(torch.tensor(0.07).log())
     model.register_parameter("temperature", temperature)
@@ -155,23 +191,27 @@ def train_matcher(
         count = recipe.batch_size
         chosen, lines = rng.integers(len(corpus), size=count), rng.random(count) < 0.3
         embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
-        told = heads(embedded[:, 0], chosen, lines)
+        seen = heads(embedded[:, 0], chosen, lines)
         if step < ALONE * recipe.steps:
-            return {"loss": told, "heads": told}
+            return {"loss": seen, "heads": seen}
         pairs = [pair_of_texts(corpus.scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
         true, false = zip(*pairs, strict=True)
         strange = true[1:3] + true[:1]  # a few texts of other pictures
-        tokens = tokenizer([*true, *false, *strange, *true], padding=True, return_tensors="pt")
-        ids, judged = tokens.input_ids.clone(), len(tokens.input_ids) - count
-        words = (ids > tokenizer.mask_token_id) & (torch.arange(len(ids)) >= judged)[:, None]
-        hidden = words & torch.from_numpy(rng.random(ids.shape) < HIDDEN)
-        ids[hidden] = tokenizer.mask_token_id
-        place = torch.cat([torch.arange(count), torch.arange(count), torch.arange(len(strange)), torch.arange(count)])
+        single = [i for i in range(count) if len(corpus.scenes[chosen[i]].figures) == 1]
+        told = [scrambled(corpus.scenes[chosen[i]], rng, line=bool(lines[i])) for i in single]
+        texts = [caption_of(scene, rng, line=bool(lines[i])) for scene, i in zip(told, single, strict=True)]
+        tokens = tokenizer([*true, *false, *strange, *texts], padding=True, return_tensors="pt")
+        judged = len(true) + len(false) + len(strange)
+        place = torch.tensor([*range(count), *range(count), *range(len(strange)), *single])
         states = blip.text_encoder(
-            input_ids=ids, attention_mask=tokens.attention_mask, encoder_hidden_states=embedded[place]
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=embedded[place]
         ).last_hidden_state
         match = F.cross_entropy(blip.itm_head(states[:judged, 0]), (torch.arange(judged) < count).long())
-        read = F.cross_entropy(reader(states[hidden]), tokens.input_ids[hidden])
+        labels = [
+            words.labels(ids, scene, corpus.scenes[chosen[i]])
+            for ids, scene, i in zip(tokens.input_ids[judged:], told, single, strict=True)
+        ]
+        wrong = F.cross_entropy(reader(states[judged:]).flatten(0, 1), torch.cat(labels))
         alone = blip.text_encoder(
             input_ids=tokens.input_ids[:count], attention_mask=tokens.attention_mask[:count]
         ).last_hidden_state
@@ -179,8 +219,8 @@ def train_matcher(
         text = F.normalize(blip.text_proj(alone[:, 0]), dim=-1)
         logits, own = image @ text.T / temperature.exp(), torch.arange(count)
         contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        terms = {"match": match, "words": read, "contrast": contrast, "heads": told}
-        return {"loss": match + read + 0.2 * contrast + HEADS * told} | terms
+        terms = {"match": match, "words": wrong, "contrast": contrast, "heads": seen}
+        return {"loss": match + 3 * wrong + 0.2 * contrast + HEADS * seen} | terms
 
     train("matcher", model, recipe, loss, folder=folder)
     return blip
