@@ -89,6 +89,23 @@ def test_one_attribute_is_changed_and_only_one_that_lines_show() -> None:
             assert not any(is_held_out(figure, other.background) for figure in other.figures)
 
 
+def test_the_words_that_a_picture_does_not_show_are_marked(tmp_path: Path) -> None:
+    tokenizer = text.bert_tokenizer(text.captions([random_scene(random.Random(i)) for i in range(200)], 400), tmp_path)
+    words, rng, marked = blip.Words(tokenizer), np.random.default_rng(0), 0
+    for i in range(30):
+        true = random_scene(random.Random(i), judged=True)
+        told = blip.scrambled(true, rng)
+        ids = torch.tensor(tokenizer(text.caption_of(told, rng)).input_ids)
+        assert 1 not in words.labels(ids, true, true)
+        marks = words.labels(ids, told, true)
+        for token, mark in zip(tokenizer.convert_ids_to_tokens(ids.tolist()), marks.tolist(), strict=True):
+            if mark >= 0 and token in ("sunset", "classroom", "glasses", "kimono", "twintails", "tearful"):
+                shown = {true.background, *vars(true.figures[0]).values()}
+                assert mark == ({"tearful": "sad"}.get(token, token) not in shown)
+                marked += 1
+    assert marked > 5
+
+
 def test_tokenizers_know_every_word_and_spell_the_others() -> None:
     scenes = [random_scene(random.Random(i)) for i in range(400)]
     words = text.captions(scenes, 2000)
