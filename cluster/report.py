@@ -231,7 +231,7 @@ def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[in
 
 
 def pictures(folder: Path, root: Path) -> list[dict[str, Any]]:
-    """Return the generated pictures with what was asked, grouped by held-out sample, each with its frame and sketch."""
+    """Return the generated pictures with what was asked, grouped by held-out sample, each with its sketch."""
     index = folder / "index.json"
     if not index.is_file():
         return []

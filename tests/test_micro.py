@@ -32,7 +32,7 @@ from factory.sketch.engine import SketchConfig, new_converter, run_tiles, sketch
 from trainer.adapter import WEIGHTS as ADAPTER
 from trainer.adapter import Adapter, AdapterConfig
 from trainer.backbone import Backbone, load_backbone
-from trainer.base import MICRO, find_base
+from trainer.base import GUIDANCE, MICRO, find_base
 from trainer.base import WEIGHTS as TRAINER
 from trainer.micro import clip, lines, measure
 from trainer.micro.attributes import JUDGED
@@ -115,16 +115,17 @@ def test_stock_diffusers_draws_and_takes_our_adapter(base: Backbone, tmp_path: P
     adapter = Adapter.for_unet(base.unet, config)
     assert sorted(int(key) for key in adapter.ip_adapter) == list(range(1, 32, 2))
     adapter.save_pretrained(tmp_path / "adapter")
-    plain = stock("a calm girl with long red hair", num_inference_steps=4, generator=torch.manual_seed(0)).images[0]
-    assert plain.size == (64, 64)
+    text = "a calm girl with long red hair"
+    noise = torch.randn((1, 8, 16, 16), generator=torch.Generator().manual_seed(5))
+    ask = {"latents": noise, "num_inference_steps": 6, "guidance_scale": GUIDANCE}
+    plain = stock(text, **ask, output_type="pt").images
+    ours = Sampler(base.vae, base.unet, base.encode_text)([text], seed=5, steps=6)  # type: ignore[arg-type]
+    assert plain.shape == (1, 3, 64, 64)
+    assert (plain - (ours + 1) / 2).abs().max() < 1e-3
     stock.load_ip_adapter(str(tmp_path), subfolder="adapter", weight_name=ADAPTER, image_encoder_folder=None)
-    with_reference = stock(
-        "a calm girl with long red hair",
-        ip_adapter_image=plain,
-        num_inference_steps=4,
-        generator=torch.manual_seed(0),
-    ).images[0]
-    assert np.any(np.asarray(plain) != np.asarray(with_reference))
+    sketch = Image.fromarray(toon.draw(toon.Scene(), (96, 96)).lines)
+    with_reference = stock(text, ip_adapter_image=sketch, **ask, output_type="pt").images
+    assert (plain - with_reference).abs().max() > 0.01
 
 
 def test_stock_transformers_reads_the_captioner_and_the_judges() -> None:
@@ -156,13 +157,12 @@ def test_the_probe_sees_what_is_drawn_and_can_say_no(probe: Probe, corpus: Corpu
 
 def test_prompts_are_followed(base: Backbone, probe: Probe) -> None:
     sampler = Sampler(base.vae, base.unet, base.encode_text)  # type: ignore[arg-type]
-    found, _, _ = measure.base(sampler, probe, count=32, seeds=[9], steps=25, judged=True)
-    for name in ("hair", "hair_style", "expression", "accessory", "background"):
-        assert found["seed 9"][name] >= 0.75, found
+    found, _, _ = measure.base(sampler, probe, count=32, seeds=[9], steps=25)
+    assert all(found["seed 9"][name] >= 0.85 for name in JUDGED), found
 
 
 def test_the_vae_keeps_what_the_probe_sees(base: Backbone, probe: Probe, corpus: Corpus) -> None:
-    found = measure.coder(base.vae, probe, Pictures(corpus), corpus.scenes)  # type: ignore[arg-type]
+    found = measure.coder(base.vae, probe, Pictures(corpus))  # type: ignore[arg-type]
     assert found["line"]["psnr"] >= 19
     assert found["colour"]["psnr"] >= 20
     for name in JUDGED:
@@ -173,17 +173,17 @@ def test_the_vae_keeps_what_the_probe_sees(base: Backbone, probe: Probe, corpus:
 def test_the_clip_pair_finds_the_caption(corpus: Corpus) -> None:
     pair = CLIPModel.from_pretrained(TRAINER / "judge/clip", local_files_only=True)
     tokenizer = CLIPProcessor.from_pretrained(TRAINER / "judge/clip", local_files_only=True).tokenizer
-    found = clip.retrieval(pair, tokenizer, Pictures(corpus), corpus.scenes)
+    found = clip.retrieval(pair, tokenizer, Pictures(corpus))
     assert min(found.values()) >= 0.95
 
 
-@pytest.mark.skipif(
-    not (TRAINER / "judge/matcher").is_dir(), reason="the matcher does not tell enough to be shipped yet"
-)
+@pytest.mark.skipif(not (TRAINER / "judge/matcher").is_dir(), reason="not shipped yet")
 def test_the_matcher_sees_one_changed_attribute(corpus: Corpus) -> None:
     matcher = BlipForImageTextRetrieval.from_pretrained(TRAINER / "judge/matcher", local_files_only=True)
     tokenizer = BlipProcessor.from_pretrained(TRAINER / "judge/matcher", local_files_only=True).tokenizer
-    assert measure.matcher(matcher.eval(), tokenizer, corpus) >= 0.95
+    found = measure.matcher(matcher.eval(), tokenizer, corpus)
+    assert found["bust"]["any"] >= 0.95, found
+    assert found["no picture"]["any"] < 0.75, found  # what the texts alone give away
 
 
 def test_the_captioner_names_what_is_drawn(corpus: Corpus) -> None:
@@ -200,7 +200,7 @@ def test_the_sketch_network_draws_truer_lines_than_xdog(tmp_path: Path) -> None:
         )
         for name in ("micro", "xdog")
     }
-    assert 1 - scores["micro"] < (1 - scores["xdog"]) / 2, scores  # less than half of the lines are wrong
+    assert 1 - scores["micro"] < (1 - scores["xdog"]) / 2, scores  # half as much is wrong
 
 
 @pytest.mark.parametrize("tile", [64, 192, 256])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_the_words_that_a_picture_does_not_show_are_marked(tmp_path: Path) -> No
                 assert mark == ({"tearful": "sad"}.get(token, token) not in shown)
                 marked += 1
     assert marked > 5
+
+    figure = toon.Figure(hair="black", eyes="red")
+    true = toon.Scene(figures=(figure,))
+    red = tokenizer.convert_tokens_to_ids("red")
+    for hair, eyes, mark in (("red", "blue", 1), ("red", "red", -100), ("black", "red", 0), ("black", "blue", -100)):
+        told = toon.Scene(figures=(replace(figure, hair=hair, eyes=eyes),))
+        assert words.labels(torch.tensor([red]), told, true).tolist() == [mark]
 
 
 def test_tokenizers_know_every_word_and_spell_the_others() -> None:

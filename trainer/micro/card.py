@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from factory.models import weights_hash
+from factory.toon.film import CODE
+from trainer.base import WEIGHTS
 from trainer.micro import lines as sketching
 from trainer.micro import probe
 from trainer.micro.stages import COUNTS, Workshop
@@ -86,18 +88,24 @@ def card(shop: Workshop, folder: Path, name: str) -> str:
         ]
     measures = shop.folder / "exam/measures.json"
     held = json.loads(measures.read_text()) if measures.is_file() else {}
-    weights = weights_hash(folder)
-    found = {name: held[name] for name in sections if name in held and held[name]["weights"] == weights}
+    made = made_of(folder)
+    found = {name: held[name] for name in sections if made.items() <= held.get(name, {}).items()}
     if found:
         lines += ["", "## Measures", "", "On drawings that no training saw (`trainer/micro/measure.py` says how)."]
     for section, results in found.items():
-        lines += ["", f"### {section}", "", *_table({key: value for key, value in results.items() if key != "weights"})]
+        lines += ["", f"### {section}", "", *_table({key: value for key, value in results.items() if key not in made})]
     lines += ["", "## Limits", ""]
     lines += [
         "Procedural material of one drawing style and a closed vocabulary. It shows that the code works; it says "
         "nothing about real art."
     ]
     return "\n".join(lines) + "\n"
+
+
+def made_of(folder: Path) -> dict[str, Any]:
+    """Return what a measure of the model in `folder` belongs to: its weights, the judge's, and the drawing code."""
+    judge = WEIGHTS / "judge/probe"
+    return {"weights": weights_hash(folder), "judge": weights_hash(judge), "drawings": CODE}
 
 
 def write_card(shop: Workshop, folder: Path, name: str) -> None:

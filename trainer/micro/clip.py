@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from factory.toon.traits import Scene
 from trainer.micro.heads import Heads
 from trainer.micro.pictures import SIDE, Pictures
 from trainer.micro.text import MAX_TOKENS, caption_of
@@ -56,8 +55,7 @@ def embed(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, texts: list
 
 def train_clip(
     pictures: Pictures,
-    scenes: list[Scene],
-    held_out: tuple[Pictures, list[Scene]],
+    held_out: Pictures,
     tokenizer: CLIPTokenizer,
     folder: Path,
     recipe: Recipe = RECIPE,
@@ -65,6 +63,7 @@ def train_clip(
 ) -> CLIPModel:
     """Train a pair on `pictures` and their captions and return it: symmetric InfoNCE and the attribute heads."""
     torch.manual_seed(recipe.seed)
+    scenes = pictures.scenes
     clip = new_clip(tokenizer)
     model = nn.ModuleDict({"clip": clip, "image": Heads(WIDTH, scenes), "text": Heads(WIDTH, scenes)})
 
@@ -80,7 +79,7 @@ def train_clip(
         return {"loss": contrast + 1.5 * heads, "contrast": contrast, "heads": heads}
 
     def validate() -> dict[str, float]:
-        return {f"top1_{way}": value for way, value in retrieval(clip, tokenizer, *held_out).items()}
+        return {f"top1_{way}": value for way, value in retrieval(clip, tokenizer, held_out).items()}
 
     train(name, model, recipe, loss, folder=folder, validate=validate)
     return clip
@@ -88,7 +87,7 @@ def train_clip(
 
 @torch.no_grad()
 def retrieval(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, scenes: list[Scene], group: int = 32, seed: int = 1
+    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, group: int = 32, seed: int = 1
 ) -> dict[str, float]:
     """Return the share of colour pictures whose own caption ranks first among `group`, and of captions likewise."""
     rng = np.random.default_rng(seed)
@@ -96,10 +95,10 @@ def retrieval(
     count = len(pictures) // group * group
     for start in range(0, count, group):
         chosen = np.arange(start, start + group)
-        texts = [caption_of(scenes[i], rng) for i in chosen]
+        texts = [caption_of(pictures.scenes[i], rng) for i in chosen]
         image, text = embed(clip, tokenizer, pictures.read(chosen, np.zeros(group, bool)), texts)
         scores = F.normalize(image) @ F.normalize(text).T
         target = torch.arange(group)
         right["image_to_text"] += int((scores.argmax(1) == target).sum())
         right["text_to_image"] += int((scores.argmax(0) == target).sum())
-    return {way: hits / count for way, hits in right.items()}
+    return {way: round(hits / count, 4) for way, hits in right.items()}

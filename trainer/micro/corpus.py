@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Corpus:
     images: np.ndarray  # uint8 (N,S,S,3)
     lines: np.ndarray  # uint8 (N,S,S)
     scenes: list[Scene]
-    wide: np.ndarray = field(repr=False)  # bool (N,): drawn 16:9, squeezed
+    wide: np.ndarray  # bool (N,): drawn 16:9, squeezed
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -60,8 +60,7 @@ def random_scene(rng: random.Random, *, held_out: bool = False, judged: bool = F
         if rng.random() < PAIRS and not judged:
             figures = (first, toon.random_figure(rng, hair=rng.choice([h for h in HAIR if h != first.hair])))
         lighting = "dark" if rng.random() < DARK and not judged else "day"
-        fixed: dict[str, Any] = {"camera": "bust"} if judged else {"camera": camera}
-        scene = toon.random_scene(rng, figures=figures, lighting=lighting, **fixed)
+        scene = toon.random_scene(rng, figures=figures, lighting=lighting, camera="bust" if judged else camera)
         if any(is_held_out(figure, scene.background) for figure in figures) == held_out:
             return scene
 

@@ -17,12 +17,12 @@ from transformers import BertTokenizer, BlipForImageTextRetrieval, CLIPModel, CL
 from factory.caption import Captioner
 from factory.files import write_atomic
 from factory.models import WEIGHTS as FACTORY
-from factory.models import find_model, weights_hash
+from factory.models import find_model
 from factory.sketch.engine import SketchConfig, sketch
 from trainer.backbone import Backbone, load_backbone
 from trainer.base import MICRO, WEIGHTS
 from trainer.micro import lines, measure
-from trainer.micro.attributes import VALUES
+from trainer.micro.card import made_of
 from trainer.micro.clip import retrieval
 from trainer.micro.pictures import Pictures
 from trainer.micro.probe import Probe
@@ -56,19 +56,20 @@ class Exam:
 
     def base(self, *, held_out: bool = False) -> dict[str, Any]:
         """What prompts of single busts by day give, and chance; `held_out`: of combinations that no training saw."""
-        by_seed, pictures, texts = measure.base(
-            self.sampler, self.probe, count=PROMPTS, seeds=SEEDS, judged=True, held_out=held_out
-        )
+        by_seed, pictures, texts = measure.base(self.sampler, self.probe, count=PROMPTS, seeds=SEEDS, held_out=held_out)
         name = "held-out" if held_out else "base"
         write_sheet(pictures[:60], self.folder / f"{name}.png")
         write_atomic(self.folder / f"{name}.txt", "\n".join(texts[:60]) + "\n")
-        return {"chance": measure.CHANCE} | by_seed | {"mean": _mean(list(by_seed.values()))}
+        ceiling = self.vae()["colour"]["reconstruction"]
+        return (
+            {"chance": measure.CHANCE, "the VAE's ceiling": ceiling} | by_seed | {"mean": _mean(list(by_seed.values()))}
+        )
 
     def framings(self) -> dict[str, Any]:
-        """What prompts of any framing and light give, some of two figures, of which the first is looked at."""
-        by_seed, pictures, _ = measure.base(self.sampler, self.probe, count=100, seeds=SEEDS[:1])
+        """What prompts of any framing and light give."""
+        found, pictures = measure.framings(self.sampler, self.probe, count=PROMPTS, seed=SEEDS[0])
         write_sheet(pictures[:60], self.folder / "framings.png")
-        return by_seed
+        return found
 
     def step(self) -> dict[str, Any]:
         """The time of one step with guidance of one picture, with as many threads as the command was given."""
@@ -81,17 +82,14 @@ class Exam:
             true = pictures.first(24, lines=is_line)
             both = torch.cat([true[:12], reconstruct(self.backbone.vae, true[:12])])
             write_sheet(both, self.folder / f"vae-{kind}.png")
-        return measure.coder(self.backbone.vae, self.probe, pictures, self.shop.corpus("validation").scenes)
+        return measure.coder(self.backbone.vae, self.probe, pictures)
 
     def clip(self) -> dict[str, Any]:
         """Retrieval among 32."""
         folder = find_model("animesketch/clip", JUDGE)
         pair = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return {
-            split: retrieval(pair, tokenizer, self.shop.pictures(split), self.shop.corpus(split).scenes)
-            for split in ("validation", "held-out")
-        }
+        return {split: retrieval(pair, tokenizer, self.shop.pictures(split)) for split in ("validation", "held-out")}
 
     def matcher(self) -> dict[str, Any]:
         """ROC-AUC of captions with one attribute changed."""
@@ -128,9 +126,8 @@ class Exam:
         latents = Latents(self.backbone.vae, train)
         for seed in SEEDS:
             model = measure.Adapted(self.backbone, self.sampler, seed)
-            steps = model.train(train, latents, self.shop.corpus("train").scenes, ADAPTER_SECONDS)
-            scenes = self.shop.corpus("validation").scenes
-            found[f"seed {seed}"] = {"steps": steps} | measure.adapted(model, self.probe, held_out, scenes)
+            steps = model.train(train, latents, ADAPTER_SECONDS)
+            found[f"seed {seed}"] = {"steps": steps} | measure.adapted(model, self.probe, held_out)
             self._adapter_sheet(model, held_out, seed)
             model.adapter.detach(self.backbone.unet)
             print(json.dumps(found[f"seed {seed}"]), flush=True)
@@ -165,7 +162,7 @@ def run(shop: Workshop, sections: list[str]) -> Path:
     path = exam.folder / "measures.json"
     for name in sections:
         measured, folder = SECTIONS[name]
-        found = {"weights": weights_hash(folder)} | measured(exam)
+        found = made_of(folder) | measured(exam)
         held = json.loads(path.read_text()) if path.is_file() else {}
         write_atomic(path, json.dumps(held | {name: found}, indent=1) + "\n")
         print(f"{name}: {json.dumps(found)}", flush=True)
@@ -173,4 +170,4 @@ def run(shop: Workshop, sections: list[str]) -> Path:
 
 
 def _mean(results: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(float(np.mean([result[name] for result in results])), 4) for name in (*VALUES, "all")}
+    return {name: round(float(np.mean([result[name] for result in results])), 4) for name in results[0]}

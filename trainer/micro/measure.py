@@ -4,6 +4,7 @@
 # (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from factory.caption import Captioner
-from factory.toon.traits import Scene
 from trainer.adapter import Adapter, AdapterConfig
 from trainer.backbone import Backbone, ddim
 from trainer.loss import add_noise, noise_loss
 from trainer.micro import blip
 from trainer.micro.attributes import JUDGED, VALUES, named, value_of
+from trainer.micro.clip import normalised
 from trainer.micro.corpus import Corpus, random_scene
 from trainer.micro.pictures import SIDE, Pictures
 from trainer.micro.probe import Probe, judge
@@ -30,40 +31,60 @@ from trainer.micro.text import caption_of
 from trainer.micro.unet import FACTOR, Latents, Sampler
 from trainer.micro.vae import psnr, reconstruct
 
-CHANCE = {name: round(1 / len(VALUES[name]), 4) for name in (*JUDGED, "clothes")}
+REPORTED = (*JUDGED, "clothes")
+CHANCE = {name: round(1 / len(VALUES[name]), 4) for name in REPORTED} | {
+    "all": float(f"{1 / math.prod(len(VALUES[name]) for name in JUDGED):.1e}")
+}
 SHOWN_BY_LINES = ("hair_style", "expression", "accessory")
 _PART = 50  # pictures sampled at once
 
 
-def shares(hits: dict[str, Tensor], names: Sequence[str] = JUDGED) -> dict[str, float]:
-    """Return per attribute the share that was right, and `all`: of pictures with every one of `names` right."""
+def shares(
+    hits: dict[str, Tensor], names: Sequence[str] = JUDGED, *, judged: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Return per attribute the share that was right, and `all`: of pictures with all of `judged` (or `names`) right."""
     found = {name: round(float(hits[name].float().mean()), 4) for name in names}
-    return found | {"all": round(float(torch.stack([hits[name] for name in names]).all(0).float().mean()), 4)}
+    every = torch.stack([hits[name] for name in judged or names]).all(0)
+    return found | {"all": round(float(every.float().mean()), 4)}
 
 
 def base(
-    sampler: Sampler,
-    probe: Probe,
-    *,
-    count: int,
-    seeds: Sequence[int],
-    steps: int = 50,
-    **mix: bool,
+    sampler: Sampler, probe: Probe, *, count: int, seeds: Sequence[int], steps: int = 50, held_out: bool = False
 ) -> tuple[dict[str, dict[str, float]], Tensor, list[str]]:
-    """Return by seed what the probe sees of `count` prompts' pictures; also the first seed's pictures and the prompts.
-
-    `mix` is random_scene's: `judged`, `held_out`.
-    """
-    scenes = [random_scene(random.Random(f"prompts/{i}"), **mix) for i in range(count)]
+    """Return by seed what the probe sees of pictures for `count` prompts of single busts by day; also the first seed's
+    pictures and the prompts. `held_out`: of combinations that no training saw."""
+    scenes = [random_scene(random.Random(f"prompts/{i}"), judged=True, held_out=held_out) for i in range(count)]
     texts = [caption_of(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
     found, first = {}, torch.empty(0)
     for seed in seeds:
-        parts = [sampler(texts[i : i + _PART], seed=100_000 * seed + i, steps=steps) for i in range(0, count, _PART)]
-        pictures = torch.cat(parts)
+        pictures = _drawn(sampler, texts, seed, steps)
         first = pictures if not len(first) else first
-        hits = judge(probe, pictures, scenes)
-        found[f"seed {seed}"] = shares(hits, tuple(VALUES)) | {"all": shares(hits)["all"]}
+        found[f"seed {seed}"] = shares(judge(probe, pictures, scenes), REPORTED, judged=JUDGED)
     return found, first, texts
+
+
+def framings(
+    sampler: Sampler, probe: Probe, *, count: int, seed: int, steps: int = 50
+) -> tuple[dict[str, dict[str, Any]], Tensor]:
+    """Return by framing what the probe sees of pictures for prompts of one figure in any light, and the pictures.
+
+    `count` prompts are drawn from the corpus's mix; those of two figures, which the probe does not know, are left out.
+    """
+    scenes = [random_scene(random.Random(f"framings/{i}")) for i in range(count)]
+    scenes = [scene for scene in scenes if len(scene.figures) == 1]
+    pictures = _drawn(sampler, [caption_of(s, np.random.default_rng(i)) for i, s in enumerate(scenes)], seed, steps)
+    found = {}
+    for camera in VALUES["camera"]:
+        group = torch.tensor([scene.camera == camera for scene in scenes])
+        hits = judge(probe, pictures[group], [scene for scene in scenes if scene.camera == camera])
+        names = [name for name in VALUES if not (name == "clothes" and camera == "close-up")]
+        found[camera] = {"pictures": int(group.sum())} | shares(hits, names, judged=JUDGED)
+    return found, pictures
+
+
+def _drawn(sampler: Sampler, texts: list[str], seed: int, steps: int) -> Tensor:
+    starts = range(0, len(texts), _PART)
+    return torch.cat([sampler(texts[i : i + _PART], seed=100_000 * seed + i, steps=steps) for i in starts])
 
 
 @torch.no_grad()
@@ -78,16 +99,16 @@ def guided_step_ms(sampler: Sampler, rounds: int = 30) -> float:
     return round(float(np.median(spent)), 1)
 
 
-def judged(pictures: Pictures, scenes: list[Scene]) -> np.ndarray:
+def judged(pictures: Pictures) -> np.ndarray:
     """Return the places of what is judged: one figure, bust, by day, filling the square."""
-    fits = [len(s.figures) == 1 and s.camera == "bust" and s.lighting == "day" for s in scenes]
+    fits = [len(s.figures) == 1 and s.camera == "bust" and s.lighting == "day" for s in pictures.scenes]
     return np.flatnonzero(np.array(fits) & ~pictures.wide)
 
 
-def coder(vae: AutoencoderKL, probe: Probe, pictures: Pictures, scenes: list[Scene]) -> dict[str, Any]:
+def coder(vae: AutoencoderKL, probe: Probe, pictures: Pictures) -> dict[str, Any]:
     """Return the probe on originals and reconstructions of single busts, dB of both layers, and the lines' F-score."""
-    busts = judged(pictures, scenes)
-    chosen = [scenes[i] for i in busts]
+    busts = judged(pictures)
+    chosen = [pictures.scenes[i] for i in busts]
     found: dict[str, Any] = {"pictures": len(busts)}
     for kind, lines in (("colour", False), ("line", True)):
         true = pictures.read(busts, np.full(len(busts), lines))
@@ -123,17 +144,46 @@ def f_score(made: np.ndarray, true: np.ndarray, *, reach: int = 1, level: int = 
     return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
-def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) -> float:
-    """Return the area under the ROC curve of match scores: true captions against such with one attribute changed."""
+def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) -> dict[str, dict[str, float]]:
+    """Return areas under the ROC curve of match scores: true captions against such with one attribute changed.
+
+    By framing of the pictures of one figure, and for those of two; in each the area over all changes, and for each
+    attribute that against its changes alone. `no picture` is a blank sheet in place of the busts: what the texts alone
+    give away.
+    """
     frames, rng = blip.Frames(corpus), np.random.default_rng(7)
-    true, false = [], []
+    changes: list[str] = []
+    parts: tuple[list[Tensor], ...] = ([], [], [], [])  # scores: true, false; the same of a blank sheet
     for start in range(0, len(corpus), _PART):
         chosen = np.arange(start, min(start + _PART, len(corpus)))
-        pairs = [blip.pair_of_texts(corpus.scenes[i], rng, line=lines) for i in chosen]
+        told = [corpus.scenes[i] for i in chosen]
+        others = [blip.changed(scene, rng, line=lines, any_combination=True) for scene in told]
+        for one, other in zip(told, others, strict=True):
+            changes += [name for name in VALUES if value_of(one, name) != value_of(other, name)]
         pixels = frames.read(chosen, np.full(len(chosen), lines))
-        for side, kept in ((0, true), (1, false)):
-            kept.append(blip.match_scores(model, tokenizer, pixels, [pair[side] for pair in pairs]))
-    high, low = torch.cat(true), torch.cat(false)
+        texts = [[caption_of(scene, rng, line=lines) for scene in scenes] for scenes in (told, others)]
+        for i, seen in enumerate((pixels, normalised(torch.ones_like(pixels)))):
+            for j in (0, 1):
+                parts[2 * i + j].append(blip.match_scores(model, tokenizer, seen, texts[j]))
+    true, false, blank_true, blank_false = (torch.cat(scores) for scores in parts)
+    framing = np.array([scene.camera if len(scene.figures) == 1 else "two figures" for scene in corpus.scenes])
+    found: dict[str, dict[str, float]] = {}
+    for name in (*VALUES["camera"], "two figures"):
+        if (framing == name).any():
+            found[name] = _areas(true, false, np.array(changes), framing == name)
+    return found | {"no picture": _areas(blank_true, blank_false, np.array(changes), framing == "bust")}
+
+
+def _areas(true: Tensor, false: Tensor, changes: np.ndarray, group: np.ndarray) -> dict[str, float]:
+    """Return the areas of the `group`: `any` change, and by changed attribute."""
+    found = {"pictures": int(group.sum()), "any": _auc(true[group], false[group])}
+    return found | {
+        n: _auc(true[group], false[group & (changes == n)]) for n in VALUES if (group & (changes == n)).any()
+    }
+
+
+def _auc(high: Tensor, low: Tensor) -> float:
+    """Return the share of pairs (one of each) that are in order, a draw being half of one."""
     wins = (high[:, None] > low).float() + 0.5 * (high[:, None] == low).float()
     return round(float(wins.mean()), 4)
 
@@ -183,7 +233,7 @@ class Adapted:
         config = AdapterConfig(cross_attention_dim=width, embedding_dim=embedding_dim, dim=width)
         self.adapter = Adapter.for_unet(backbone.unet, config)
 
-    def train(self, pictures: Pictures, latents: Latents, scenes: list[Scene], seconds: float) -> int:
+    def train(self, pictures: Pictures, latents: Latents, seconds: float) -> int:
         """Train for so long on pictures that are their own references, half of them line art; return the steps."""
         unet, scheduler, rng = self.backbone.unet, ddim(), np.random.default_rng(self.seed)
         self.adapter.attach(unet)
@@ -192,11 +242,11 @@ class Adapted:
         while (spent := time.monotonic() - begun) < seconds:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1, (step + 1) / 30, 2.5 * (1 - spent / seconds) + 0.02)
-            chosen, lines = rng.integers(len(scenes), size=24), rng.random(24) < 0.5
+            chosen, lines = rng.integers(len(pictures), size=24), rng.random(24) < 0.5
             clean, t = latents.read(chosen, lines), torch.randint(0, 1000, (24,))
             noise = torch.randn_like(clean)
             texts = [
-                "" if rng.random() < 0.6 else caption_of(scenes[i], rng, line=bool(line))
+                "" if rng.random() < 0.6 else caption_of(pictures.scenes[i], rng, line=bool(line))
                 for i, line in zip(chosen, lines, strict=True)
             ]
             hidden = self.backbone.encode_image(as_images(pictures.read(chosen, lines)))
@@ -211,26 +261,27 @@ class Adapted:
         return step
 
     @torch.no_grad()
-    def draw(self, references: Tensor, *, scale: float = 1.0, steps: int = 25) -> Tensor:
-        """Return pictures for references (B,3,64,64), with an empty prompt."""
+    def draw(self, references: Tensor, *, scale: float = 1.0, steps: int = 25, first: int = 0) -> Tensor:
+        """Return pictures for references (B,3,64,64), with an empty prompt; `first` counts those drawn before."""
         hidden = self.backbone.encode_image(as_images(references))
         tokens = self.adapter.image_tokens(torch.cat([self.backbone.encode_image_null(len(hidden)), hidden]))
 
         def denoise(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
             return self.adapter.denoise(self.backbone.unet, x, t, states, tokens, scale)
 
-        return self.sampler([""] * len(hidden), seed=1000 * self.seed, steps=steps, denoise=denoise)
+        return self.sampler([""] * len(hidden), seed=1000 * self.seed + first, steps=steps, denoise=denoise)
 
 
-def adapted(model: Adapted, probe: Probe, pictures: Pictures, scenes: list[Scene], count: int = 100) -> dict[str, Any]:
+def adapted(model: Adapted, probe: Probe, pictures: Pictures, count: int = 100) -> dict[str, Any]:
     """Return what comes through of `count` held-out single busts with an empty prompt, by kind of reference.
 
     `scale 0` is what there is without a reference, whatever it be: chance.
     """
-    busts = judged(pictures, scenes)[:count]
-    chosen, found = [scenes[i] for i in busts], {}
+    busts = judged(pictures)[:count]
+    chosen, found = [pictures.scenes[i] for i in busts], {}
     for name, lines, scale in (("colour", False, 1.0), ("line", True, 1.0), ("scale 0", False, 0.0)):
         references = pictures.read(busts, np.full(len(busts), lines))
-        made = torch.cat([model.draw(part, scale=scale) for part in references.split(_PART)])
+        starts = range(0, len(references), _PART)
+        made = torch.cat([model.draw(references[i : i + _PART], scale=scale, first=i) for i in starts])
         found[name] = shares(judge(probe, made, chosen), SHOWN_BY_LINES if lines else JUDGED)
     return found

@@ -14,7 +14,7 @@ LINES = 0.3  # share of line layers among the pictures that are drawn
 
 
 class Pictures:
-    """All pictures of a corpus at 64 x 64 in memory: images (N,64,64,3) and lines (N,64,64), uint8.
+    """All pictures of a corpus at 64 x 64 in memory: images (N,64,64,3) and lines (N,64,64), uint8; and their scenes.
 
     One that was drawn wide is shown whole between white bars, as the trainer fits a film's frame into its square.
     """
@@ -22,7 +22,7 @@ class Pictures:
     def __init__(self, corpus: Corpus) -> None:
         self.images = np.empty((len(corpus), SIDE, SIDE, 3), np.uint8)
         self.lines = np.empty((len(corpus), SIDE, SIDE), np.uint8)
-        self.wide = corpus.wide
+        self.scenes, self.wide = corpus.scenes, corpus.wide
         for layer, stored in ((self.images, corpus.images), (self.lines, corpus.lines)):
             for i in range(len(corpus)):
                 if corpus.wide[i]:

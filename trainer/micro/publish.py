@@ -40,6 +40,7 @@ _PIL = ("CLIPImageProcessorPil", "BlipImageProcessorPil")
 def install(shop: Workshop, factory: Path = FACTORY, trainer: Path = TRAINER) -> list[Path]:
     """Put each finished model in place of the shipped one, and return the folders that were written; prints each.
 
+    ValueError for one that was made by another recipe, or with models that have been made anew since.
     The captioner and the sketch network go below `factory`, the base and the judges below `trainer`.
     """
     parts: tuple[tuple[Path, tuple[str, ...], Callable[[Workshop, Path], None]], ...] = (
@@ -58,6 +59,8 @@ def install(shop: Workshop, factory: Path = FACTORY, trainer: Path = TRAINER) ->
             flush=True,
         )
         if not missing:
+            for stage in stages:
+                shop.check(stage)
             with new_folder(folder) as aside:
                 write(shop, aside)
                 write_card(shop, aside, folder.name)
@@ -89,6 +92,7 @@ def _base(shop: Workshop, folder: Path) -> None:
     pipeline(shop).save_pretrained(folder)
     _halve(folder)
     _classic_tokenizer(folder / "tokenizer")
+    _classic_keys(folder / "text_encoder/model.safetensors")
 
 
 def _judge_clip(shop: Workshop, folder: Path) -> None:
@@ -170,3 +174,10 @@ def _classic_tokenizer(folder: Path) -> None:
     write_atomic(folder / "vocab.json", json.dumps(model["vocab"]) + "\n")
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     write_atomic(folder / "merges.txt", "".join(f"{line}\n" for line in ("#version: 0.2", *pairs)))
+
+
+def _classic_keys(file: Path) -> None:
+    """Name the text encoder's weights as SD v1.5's file does, `text_model.…`: every transformers reads these."""
+    state = load_file(file)
+    prefix = "text_model."
+    save_file({prefix + key.removeprefix(prefix): value for key, value in state.items()}, file, {"format": "pt"})

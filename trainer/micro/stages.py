@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +18,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import BertTokenizer, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from factory.files import locked, new_folder
+from factory.files import SUMS, locked, new_folder, sha256_file
+from factory.toon.film import CODE
 from trainer.micro import blip, clip, lines, probe, text, unet, vae
 from trainer.micro.corpus import Corpus, draw_corpus
 from trainer.micro.pictures import Pictures
@@ -35,6 +37,16 @@ RECIPES = {
     "probe": probe.RECIPE,
 }
 FACTS = "training.json"  # beside each finished model
+NEEDS = {  # the stages whose models a stage is trained with
+    "clip": ("tokenizer",),
+    "vae": (),
+    "unet": ("tokenizer", "clip", "vae"),
+    "judge-clip": ("tokenizer",),
+    "captioner": ("tokenizer",),
+    "matcher": ("tokenizer",),
+    "sketch": (),
+    "probe": (),
+}
 COUNTS = {"train": 24_000, "validation": 1_000, "held-out": 600}  # pictures of the corpora
 
 
@@ -54,6 +66,7 @@ class Workshop:
         """Return how many pictures to draw: so many, or the trial's."""
         return min(pictures, 64) if self._trial else pictures
 
+    @functools.cache  # noqa: B019 - lives as long as the command
     def corpus(self, name: str) -> Corpus:
         """Return the corpus `train`, `validation` or `held-out`, of combinations never trained on; drawn if need be."""
         folder, count = self.folder / "corpus" / name, self.count(COUNTS[name])
@@ -77,9 +90,25 @@ class Workshop:
         return path
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """Return how the finished model of `stage` was trained: `recipe`, `seconds`, `threads`."""
+        """Return how the finished model of `stage` was trained: `recipe`, `inputs`, `seconds`, `threads`."""
         held = json.loads((self.model(stage) / FACTS).read_text())
         return held | {"recipe": held["recipe"] | {"betas": tuple(held["recipe"]["betas"])}}
+
+    def inputs(self, stage: str) -> dict[str, Any]:
+        """Return what the stage is trained with: a hash of each model, and the drawing code."""
+        return {need: tree_hash(self.model(need)) for need in NEEDS[stage]} | {"drawings": CODE}
+
+    def check(self, stage: str) -> None:
+        """Raise ValueError where the finished model of `stage` is of another recipe, or of other inputs than now."""
+        if stage not in RECIPES:
+            return
+        facts = self.facts(stage)
+        if Recipe(**facts["recipe"]) != self.recipe(stage):
+            raise ValueError(f"{self.folder / stage} was made by another recipe. Remove it to train anew.")
+        now = self.inputs(stage)
+        other = ", ".join(name for name in now if facts["inputs"].get(name) != now[name])
+        if other:
+            raise ValueError(f"{self.folder / stage} was made with another {other}. Remove it to train anew.")
 
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.model("tokenizer") / "clip", local_files_only=True)
@@ -90,6 +119,13 @@ class Workshop:
     def text_states(self) -> unet.TextStates:
         pair = CLIPModel.from_pretrained(self.model("clip"), local_files_only=True)
         return unet.TextStates(self.tokenizer(), text_encoder(pair))
+
+
+def tree_hash(folder: Path) -> str:
+    """Return 8 digits of a hash over the names and contents of the model's files in `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (FACTS, SUMS))
+    listed = "".join(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in files)
+    return hashlib.sha256(listed.encode()).hexdigest()[:8]
 
 
 def text_encoder(pair: CLIPModel) -> CLIPTextModel:
@@ -105,9 +141,8 @@ def _tokenizer(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
 
 
 def _clip(shop: Workshop, folder: Path, save: Callable[..., None], stage: str = "clip") -> None:
-    held_out = shop.pictures("validation"), shop.corpus("validation").scenes
-    scenes = shop.corpus("train").scenes
-    save(clip.train_clip(shop.pictures("train"), scenes, held_out, shop.tokenizer(), folder, shop.recipe(stage), stage))
+    pictures, held_out = shop.pictures("train"), shop.pictures("validation")
+    save(clip.train_clip(pictures, held_out, shop.tokenizer(), folder, shop.recipe(stage), stage))
 
 
 def _vae(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
@@ -117,17 +152,7 @@ def _vae(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
 def _unet(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
     coder = AutoencoderKL.from_pretrained(shop.model("vae"), local_files_only=True)
     pictures, held_out = shop.pictures("train"), shop.pictures("validation")
-    made = unet.train_unet(
-        coder,
-        unet.Latents(coder, pictures),
-        shop.corpus("train").scenes,
-        pictures.wide,
-        (unet.Latents(coder, held_out), shop.corpus("validation").scenes),
-        shop.text_states(),
-        folder,
-        shop.recipe("unet"),
-    )
-    save(made)
+    save(unet.train_unet(coder, pictures, held_out, shop.text_states(), folder, shop.recipe("unet")))
 
 
 def _captioner(shop: Workshop, folder: Path, save: Callable[..., None]) -> None:
@@ -166,8 +191,7 @@ def run(shop: Workshop, stages: list[str]) -> None:
     for stage in stages:
         folder = shop.folder / stage
         if shop.is_done(stage):
-            if stage in RECIPES and Recipe(**shop.facts(stage)["recipe"]) != shop.recipe(stage):
-                raise ValueError(f"{folder} was made by another recipe. Remove it to train anew.")
+            shop.check(stage)
             print(f"{stage:<11}done already", flush=True)
             continue
         try:
@@ -190,6 +214,7 @@ def _save(shop: Workshop, stage: str, model: Any = None, **parts: Any) -> None:
         if model is not None:
             model.save_pretrained(aside)
             last = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])
-            facts = {"recipe": asdict(shop.recipe(stage)), "seconds": last["seconds"], "threads": shop.threads}
+            facts = {"recipe": asdict(shop.recipe(stage)), "inputs": shop.inputs(stage)}
+            facts |= {"seconds": last["seconds"], "threads": shop.threads}
             (aside / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)

@@ -86,22 +86,18 @@ class TextStates:
 
 def train_unet(
     vae: AutoencoderKL,
-    latents: Latents,
-    scenes: list[Scene],
-    wide: np.ndarray,
-    held_out: tuple[Latents, list[Scene]],
+    pictures: Pictures,
+    held_out: Pictures,
     text: TextStates,
     folder: Path,
     recipe: Recipe = RECIPE,
 ) -> UNet2DConditionModel:
-    """Train it to predict the noise of SD v1.5's schedule, and return it with averaged weights.
-
-    `wide` (N,) says which pictures were drawn wide, and are fitted into the square between white bars.
-    """
+    """Train it to predict the noise of SD v1.5's schedule, and return it with averaged weights."""
+    latents, scenes = Latents(vae, pictures), pictures.scenes
     torch.manual_seed(recipe.seed)
     channels = latents.parts[0][0].shape[1]
     unet = new_unet(channels, text.encoder.config.hidden_size)
-    squares = np.flatnonzero(~wide)
+    squares = np.flatnonzero(~pictures.wide)
     busts = np.array([i for i in squares if len(scenes[i].figures) == 1 and scenes[i].camera == "bust"])
     scheduler = ddim()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
@@ -122,7 +118,7 @@ def train_unet(
         error_B = F.mse_loss(made, noise, reduction="none").mean((1, 2, 3))
         return {"loss": (error_B * snr[t].clamp(max=MIN_SNR) / snr[t]).mean(), "eps": error_B.mean()}
 
-    fixed, sampler = _fixed(*held_out), Sampler(vae, unet, text)
+    fixed, sampler = _fixed(Latents(vae, held_out), held_out.scenes), Sampler(vae, unet, text)
 
     def validate() -> dict[str, float]:
         clean, texts, noise, t = fixed
