@@ -17,7 +17,8 @@ from factory import toon
 from factory.caption import spoken
 from factory.files import check_sealed, locked
 from trainer.__main__ import main
-from trainer.micro import blip, publish, stages, text, training
+from trainer.base import WEIGHTS
+from trainer.micro import blip, card, exam, publish, stages, text, training
 from trainer.micro.attributes import COLOURS, VALUES, labels, named, value_of
 from trainer.micro.corpus import Corpus, draw_corpus, is_held_out, random_scene
 from trainer.micro.pictures import Pictures
@@ -181,14 +182,38 @@ def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: 
     for folder in written:
         check_sealed(folder)
     StableDiffusionPipeline.from_pretrained(tmp_path / "trainer/micro", local_files_only=True)
-    card = (tmp_path / "trainer/micro/README.md").read_text()
-    assert "- unet: steps 4, batch_size 4" in card  # how these weights were made, not what the code now says
+    told = (tmp_path / "trainer/micro/README.md").read_text()
+    assert "- unet: steps 4, batch_size 4" in told  # how these weights were made, not what the code now says
     for path in (tmp_path / "trainer").rglob("*.json"):
         assert str(tmp_path) not in path.read_text()
     (made / "matcher/model").rename(made / "matcher/gone")
     assert len(publish.install(shop, tmp_path / "f", tmp_path / "t")) == 5  # what is not finished is left out
     assert not (tmp_path / "t/judge/matcher").exists()
     assert (tmp_path / "t/judge/clip").is_dir()
+
+    (made / "matcher/gone").rename(made / "matcher/model")
+    (made / "vae/model/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="unet was made with another vae"):
+        publish.install(shop, tmp_path / "f", tmp_path / "t")
+
+
+def test_the_exam_takes_the_shipped_models_and_the_card_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SEEDS", (1,)), ("PROMPTS", 8), ("ADAPTER_SECONDS", 0.5), ("REFERENCES", 2), ("SKETCHES", 2)):
+        monkeypatch.setattr(exam, name, value)
+    shop = stages.Workshop(tmp_path, trial=True)
+    monkeypatch.setattr(shop, "facts", lambda stage: {"recipe": {}, "seconds": 60, "threads": 1})
+    results = json.loads(exam.run(shop, list(exam.SECTIONS)).read_text())
+    assert set(results) == set(exam.SECTIONS)
+    assert results["base"]["mean"]["background"] > 2 * results["base"]["chance"]["background"]
+    assert {path.name for path in (shop.folder / "exam").glob("*.png")} >= {"base.png", "framings.png", "adapter-1.png"}
+    told = card.card(shop, WEIGHTS / "micro", "micro")
+    assert all(f"### {name}" in told for name in ("base", "held-out", "framings", "adapter", "step"))
+    assert "| chance | 0.125 |" in told
+    results["base"]["judge"] = "another"
+    (shop.folder / "exam/measures.json").write_text(json.dumps(results))
+    assert "### base" not in card.card(shop, WEIGHTS / "micro", "micro")  # judged by another probe
 
 
 def test_an_unknown_or_early_stage_is_told_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

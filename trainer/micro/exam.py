@@ -35,6 +35,8 @@ JUDGE = WEIGHTS / "judge"
 SEEDS = (1, 2, 3)
 PROMPTS = 300
 ADAPTER_SECONDS = 300.0
+REFERENCES = 100  # pictures that an adapter is asked with, of each kind
+SKETCHES = 60  # drawings that lines are drawn of
 
 
 class Exam:
@@ -56,14 +58,16 @@ class Exam:
 
     def base(self, *, held_out: bool = False) -> dict[str, Any]:
         """What prompts of single busts by day give, and chance; `held_out`: of combinations that no training saw."""
-        by_seed, pictures, texts = measure.base(self.sampler, self.probe, count=PROMPTS, seeds=SEEDS, held_out=held_out)
-        name = "held-out" if held_out else "base"
-        write_sheet(pictures[:60], self.folder / f"{name}.png")
-        write_atomic(self.folder / f"{name}.txt", "\n".join(texts[:60]) + "\n")
-        ceiling = self.vae()["colour"]["reconstruction"]
-        return (
-            {"chance": measure.CHANCE, "the VAE's ceiling": ceiling} | by_seed | {"mean": _mean(list(by_seed.values()))}
-        )
+        name, by_seed = "held-out" if held_out else "base", {}
+        for seed in SEEDS:
+            found, pictures, texts = measure.base(self.sampler, self.probe, count=PROMPTS, seed=seed, held_out=held_out)
+            by_seed[f"seed {seed}"] = found
+            print(f"{name}, seed {seed}: {json.dumps(found)}", flush=True)
+            if seed == SEEDS[0]:
+                write_sheet(pictures[:60], self.folder / f"{name}.png")
+                write_atomic(self.folder / f"{name}.txt", "\n".join(texts[:60]) + "\n")
+        bounds = {"chance": measure.CHANCE, "the VAE's ceiling": self.vae()["colour"]["reconstruction"]}
+        return bounds | by_seed | {"mean": _mean(list(by_seed.values()))}
 
     def framings(self) -> dict[str, Any]:
         """What prompts of any framing and light give."""
@@ -109,7 +113,7 @@ class Exam:
 
     def sketch(self) -> dict[str, Any]:
         """F-scores of lines within a pixel, on drawings that no training saw: as drawn, and worn as films are."""
-        pairs = lines.drawings(self.folder, "validation", 60)
+        pairs = lines.drawings(self.folder, "validation", SKETCHES)
         worn = [(lines.worn(image, np.random.default_rng(i)), true) for i, (image, true) in enumerate(pairs)]
         return {
             kind: {
@@ -127,10 +131,10 @@ class Exam:
         for seed in SEEDS:
             model = measure.Adapted(self.backbone, self.sampler, seed)
             steps = model.train(train, latents, ADAPTER_SECONDS)
-            found[f"seed {seed}"] = {"steps": steps} | measure.adapted(model, self.probe, held_out)
+            found[f"seed {seed}"] = {"steps": steps} | measure.adapted(model, self.probe, held_out, REFERENCES)
             self._adapter_sheet(model, held_out, seed)
             model.adapter.detach(self.backbone.unet)
-            print(json.dumps(found[f"seed {seed}"]), flush=True)
+            print(f"adapter, seed {seed}: {json.dumps(found[f'seed {seed}'])}", flush=True)
         return found
 
     def _adapter_sheet(self, model: measure.Adapted, pictures: Pictures, seed: int) -> None:

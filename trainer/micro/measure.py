@@ -49,18 +49,16 @@ def shares(
 
 
 def base(
-    sampler: Sampler, probe: Probe, *, count: int, seeds: Sequence[int], steps: int = 50, held_out: bool = False
-) -> tuple[dict[str, dict[str, float]], Tensor, list[str]]:
-    """Return by seed what the probe sees of pictures for `count` prompts of single busts by day; also the first seed's
-    pictures and the prompts. `held_out`: of combinations that no training saw."""
+    sampler: Sampler, probe: Probe, *, count: int, seed: int, steps: int = 50, held_out: bool = False
+) -> tuple[dict[str, float], Tensor, list[str]]:
+    """Return what the probe sees of pictures for `count` prompts of single busts by day, the pictures, the prompts.
+
+    `held_out`: of combinations that no training saw.
+    """
     scenes = [random_scene(random.Random(f"prompts/{i}"), judged=True, held_out=held_out) for i in range(count)]
     texts = [caption_of(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
-    found, first = {}, torch.empty(0)
-    for seed in seeds:
-        pictures = _drawn(sampler, texts, seed, steps)
-        first = pictures if not len(first) else first
-        found[f"seed {seed}"] = shares(judge(probe, pictures, scenes), REPORTED, judged=JUDGED)
-    return found, first, texts
+    pictures = _drawn(sampler, texts, seed, steps)
+    return shares(judge(probe, pictures, scenes), REPORTED, judged=JUDGED), pictures, texts
 
 
 def framings(
@@ -76,6 +74,8 @@ def framings(
     found = {}
     for camera in VALUES["camera"]:
         group = torch.tensor([scene.camera == camera for scene in scenes])
+        if not group.any():
+            continue
         hits = judge(probe, pictures[group], [scene for scene in scenes if scene.camera == camera])
         names = [name for name in VALUES if not (name == "clothes" and camera == "close-up")]
         found[camera] = {"pictures": int(group.sum())} | shares(hits, names, judged=JUDGED)
@@ -272,7 +272,7 @@ class Adapted:
         return self.sampler([""] * len(hidden), seed=1000 * self.seed + first, steps=steps, denoise=denoise)
 
 
-def adapted(model: Adapted, probe: Probe, pictures: Pictures, count: int = 100) -> dict[str, Any]:
+def adapted(model: Adapted, probe: Probe, pictures: Pictures, count: int) -> dict[str, Any]:
     """Return what comes through of `count` held-out single busts with an empty prompt, by kind of reference.
 
     `scale 0` is what there is without a reference, whatever it be: chance.
