@@ -176,7 +176,7 @@ def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: 
     assert "another recipe" in capsys.readouterr().err
     assert main([*command, "--install"]) == 2
     assert "A trial's models have seen four steps" in capsys.readouterr().err
-    shop = stages.Workshop(made)
+    shop = stages.Workshop(tmp_path, trial=True)
     written = publish.install(shop, tmp_path / "factory", tmp_path / "trainer")
     assert len(written) == 6
     for folder in written:
@@ -200,7 +200,8 @@ def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: 
 def test_the_exam_takes_the_shipped_models_and_the_card_tells_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("SEEDS", (1,)), ("PROMPTS", 8), ("ADAPTER_SECONDS", 0.5), ("REFERENCES", 2), ("SKETCHES", 2)):
+    small = {"PROMPTS": 8, "SEEDS": (1,), "REFERENCES": 2, "SKETCHES": 2, "ADAPTER_SECONDS": 0.5, "ALIGNMENT_STEPS": 2}
+    for name, value in small.items():
         monkeypatch.setattr(exam, name, value)
     shop = stages.Workshop(tmp_path, trial=True)
     monkeypatch.setattr(shop, "facts", lambda stage: {"recipe": {}, "seconds": 60, "threads": 1})

@@ -86,7 +86,7 @@ class PerceiverAttention(nn.Module):
         """Return the update (B,T,D) of the latents."""
         latents_BTD = self.norm2(latents_BTD)
         keys, values = self.to_kv(torch.cat([self.norm1(x_BND), latents_BTD], dim=1)).chunk(2, dim=-1)
-        return self.to_out(_attend(self.to_q(latents_BTD), keys, values, self.heads))
+        return self.to_out(attend(self.to_q(latents_BTD), keys, values, self.heads))
 
 
 class Resampler(nn.Module):
@@ -139,9 +139,9 @@ class DecoupledCrossAttention(nn.Module):
             raise ValueError("Attention masks are not supported: SD v1.5 attends to all 77 text tokens.")
         text_BTC, image_BTC, scale = encoder_hidden_states
         query_BSH = attn.to_q(hidden_states)
-        out_BSH = _attend(query_BSH, attn.to_k(text_BTC), attn.to_v(text_BTC), attn.heads)
+        out_BSH = attend(query_BSH, attn.to_k(text_BTC), attn.to_v(text_BTC), attn.heads)
         if isinstance(scale, Tensor) or scale != 0.0:
-            image_BSH = _attend(query_BSH, self.to_k_ip(image_BTC), self.to_v_ip(image_BTC), attn.heads)
+            image_BSH = attend(query_BSH, self.to_k_ip(image_BTC), self.to_v_ip(image_BTC), attn.heads)
             if isinstance(scale, Tensor):
                 scale = scale.to(image_BSH).view(-1, 1, 1)
             out_BSH = out_BSH + scale * image_BSH
@@ -166,7 +166,7 @@ class Adapter(nn.Module):
     @classmethod
     def for_unet(cls, unet: UNet2DConditionModel, config: AdapterConfig) -> Adapter:
         """Return a new adapter in fp32: to_k_ip and to_v_ip start as copies of each layer's to_k and to_v."""
-        layers = _cross_attention(unet)
+        layers = cross_attention(unet)
         adapter = cls(config, {key: attn.to_k.out_features for key, attn in layers.items()})
         adapter._check(layers)
         with torch.no_grad():
@@ -182,14 +182,14 @@ class Adapter(nn.Module):
         The modules are shared with the UNet from then on: freeze or cast the UNet before. AdapterError when it has
         other layers.
         """
-        layers = _cross_attention(unet)
+        layers = cross_attention(unet)
         self._check(layers)
         for key, attn in layers.items():
             attn.set_processor(self.ip_adapter[key])
 
     def detach(self, unet: UNet2DConditionModel) -> None:
         """Give `unet`'s attn2 layers their stock processor back, so that it is the base model again."""
-        for attn in _cross_attention(unet).values():
+        for attn in cross_attention(unet).values():
             attn.set_processor(AttnProcessor2_0())
 
     def image_tokens(self, hidden_BNE: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class Adapter(nn.Module):
         latents (B,4,h,w), timesteps (B,) of 0..999, text_tokens (B,77,C), image_tokens (B,T,C); `scale` is α, a float
         or a tensor (B,). AdapterError when this adapter isn't attached to `unet`.
         """
-        first = next(iter(_cross_attention(unet).values()))
+        first = next(iter(cross_attention(unet).values()))
         if first.processor not in self.ip_adapter.values():
             raise AdapterError("This adapter is not attached to the UNet. Call adapter.attach(unet) first.")
         states: Any = (text_tokens, image_tokens, scale)
@@ -331,7 +331,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{file} is damaged or not safetensors ({error}). Copy or download it again.") from None
 
 
-def _cross_attention(unet: UNet2DConditionModel) -> dict[str, Any]:
+def cross_attention(unet: UNet2DConditionModel) -> dict[str, Any]:
     """Return the attn2 layers of `unet` by their position in `attn_processors`: down blocks, up blocks, mid block."""
     attention = [(name, module) for name, module in unet.named_modules() if isinstance(module, Attention)]
     return {str(i): module for i, (name, module) in enumerate(attention) if name.endswith("attn2")}
@@ -343,7 +343,7 @@ def _feed_forward(dim: int, hidden: int) -> nn.Sequential:
     )
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Return multi-head attention (B,S,H) of query (B,S,H) over key and value (B,T,H)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -355,6 +355,8 @@ __all__ = [
     "AdapterError",
     "DecoupledCrossAttention",
     "Resampler",
+    "attend",
+    "cross_attention",
     "find_adapter",
     "read_config",
 ]

@@ -44,6 +44,10 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def first(self, count: int) -> Corpus:
+        """Return its first `count` pictures."""
+        return Corpus(self.images[:count], self.lines[:count], self.scenes[:count], self.wide[:count])
+
 
 def is_held_out(figure: Figure, background: str) -> bool:
     """Return whether this combination of hair colour, hair style and background (a sixteenth) is kept from training."""

@@ -35,6 +35,8 @@ JUDGE = WEIGHTS / "judge"
 SEEDS = (1, 2, 3)
 PROMPTS = 300
 ADAPTER_SECONDS = 300.0
+ADAPTER_PICTURES = 8000  # whose latents and features are made beforehand, as `fit` would take them from a cache
+ALIGNMENT_STEPS = 1200  # of them, the first: two thirds of the time
 REFERENCES = 100  # pictures that an adapter is asked with, of each kind
 SKETCHES = 60  # drawings that lines are drawn of
 
@@ -125,12 +127,15 @@ class Exam:
 
     def adapter(self) -> dict[str, Any]:
         """What references bring through an adapter trained for five minutes, by seed."""
-        found: dict[str, Any] = {"seconds": ADAPTER_SECONDS}
-        train, held_out = self.shop.pictures("train"), self.shop.pictures("validation")
-        latents = Latents(self.backbone.vae, train)
+        found: dict[str, Any] = {"seconds": ADAPTER_SECONDS, "threads": self.shop.threads}
+        pictures, held_out = (
+            Pictures(self.shop.corpus("train").first(ADAPTER_PICTURES)),
+            self.shop.pictures("validation"),
+        )
+        latents, features = Latents(self.backbone.vae, pictures), measure.Features(self.backbone, pictures)
         for seed in SEEDS:
             model = measure.Adapted(self.backbone, self.sampler, seed)
-            steps = model.train(train, latents, ADAPTER_SECONDS)
+            steps = model.train(pictures.scenes, latents, features, ADAPTER_SECONDS, alignment_steps=ALIGNMENT_STEPS)
             found[f"seed {seed}"] = {"steps": steps} | measure.adapted(model, self.probe, held_out, REFERENCES)
             self._adapter_sheet(model, held_out, seed)
             model.adapter.detach(self.backbone.unet)

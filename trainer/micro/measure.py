@@ -4,6 +4,7 @@
 # (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -17,7 +18,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from factory.caption import Captioner
+from factory.toon.traits import Scene
 from trainer.adapter import Adapter, AdapterConfig
+from trainer.align import align, record_queries
 from trainer.backbone import Backbone, ddim
 from trainer.loss import add_noise, noise_loss
 from trainer.micro import blip
@@ -222,6 +225,25 @@ def sketch_scores(
     return max(by_level, key=lambda scores: sum(scores))
 
 
+class Features:
+    """The image encoder's features of all pictures and line layers, in memory."""
+
+    def __init__(self, backbone: Backbone, pictures: Pictures) -> None:
+        self.parts: list[Tensor] = []
+        for lines in (False, True):
+            held = []
+            for start in range(0, len(pictures), 64):
+                chosen = np.arange(start, min(start + 64, len(pictures)))
+                pixels = pictures.read(chosen, np.full(len(chosen), lines))
+                held.append(backbone.encode_image(as_images(pixels)).half())
+            self.parts.append(torch.cat(held))
+
+    def read(self, indices: np.ndarray, lines: np.ndarray) -> Tensor:
+        """Return features (B,N,E): of the line layer where `lines` (B,) is true, else of the colour picture."""
+        colour, line = (part[indices] for part in self.parts)
+        return torch.where(torch.from_numpy(lines)[:, None, None], line, colour).float()
+
+
 class Adapted:
     """The base with an adapter trained on the corpus for a while, and what references then bring through."""
 
@@ -233,28 +255,55 @@ class Adapted:
         config = AdapterConfig(cross_attention_dim=width, embedding_dim=embedding_dim, dim=width)
         self.adapter = Adapter.for_unet(backbone.unet, config)
 
-    def train(self, pictures: Pictures, latents: Latents, seconds: float) -> int:
-        """Train for so long on pictures that are their own references, half of them line art; return the steps."""
+    def train(
+        self, scenes: list[Scene], latents: Latents, features: Features, seconds: float, *, alignment_steps: int
+    ) -> int:
+        """Train for so long on pictures that are their own references, half of them line art; return the steps.
+
+        First the image branch is aligned with the captions (trainer/align.py), then noise teaches it, without text and
+        mostly at high noise, where a reference decides. A share of the references is dropped throughout.
+        """
         unet, scheduler, rng = self.backbone.unet, ddim(), np.random.default_rng(self.seed)
+        null, begun = self.backbone.encode_image_null(1), time.monotonic()
         self.adapter.attach(unet)
-        optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-3, weight_decay=0.01)
-        begun, step = time.monotonic(), 0
+
+        def references(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+            chosen, lines, shown = (
+                rng.integers(len(scenes), size=count),
+                rng.random(count) < 0.5,
+                rng.random(count) > 0.08,
+            )
+            hidden = features.read(chosen, lines)
+            return chosen, lines, shown, torch.where(torch.from_numpy(shown)[:, None, None], hidden, null)
+
+        def texts(chosen: np.ndarray, lines: np.ndarray, shown: np.ndarray) -> Tensor:
+            captions = [caption_of(scenes[i], rng, line=bool(b)) for i, b in zip(chosen, lines, strict=True)]
+            return self.sampler.text([c if s else "" for c, s in zip(captions, shown, strict=True)])
+
+        def noisy(timestep: int) -> None:
+            chosen, lines, shown, _ = references(16)
+            clean, t = latents.read(chosen, lines), torch.full((16,), timestep)
+            x, text = add_noise(scheduler, clean, torch.randn_like(clean), t), texts(chosen, lines, shown)
+            self.adapter.denoise(unet, x, t, text, text[:, :0], 0.0)
+
+        def told(step: int) -> tuple[Tensor, Tensor]:
+            chosen, lines, shown, hidden = references(32)
+            return texts(chosen, lines, shown), hidden
+
+        calls = [functools.partial(noisy, timestep) for timestep in (990, 900, 800, 700, 500, 300)]
+        empty = self.sampler.text([""])
+        align(self.adapter, unet, record_queries(unet, calls), empty, told, steps=alignment_steps)
+        optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.01)
+        start, step = time.monotonic() - begun, 0
         while (spent := time.monotonic() - begun) < seconds:
             for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * min(1, (step + 1) / 30, 2.5 * (1 - spent / seconds) + 0.02)
-            chosen, lines = rng.integers(len(pictures), size=24), rng.random(24) < 0.5
-            clean, t = latents.read(chosen, lines), torch.randint(0, 1000, (24,))
+                group["lr"] = 5e-4 * min(1, (step + 1) / 30, 2.5 * (seconds - spent) / (seconds - start) + 0.02)
+            chosen, lines, _, hidden = references(24)
+            clean, t = latents.read(chosen, lines), (1000 * torch.rand(24) ** 0.4).long()
             noise = torch.randn_like(clean)
-            texts = [
-                "" if rng.random() < 0.6 else caption_of(pictures.scenes[i], rng, line=bool(line))
-                for i, line in zip(chosen, lines, strict=True)
-            ]
-            hidden = self.backbone.encode_image(as_images(pictures.read(chosen, lines)))
-            dropped = torch.from_numpy(rng.random(24) < 0.08)
-            hidden = torch.where(dropped[:, None, None], self.backbone.encode_image_null(24), hidden)
-            made = self.adapter(unet, add_noise(scheduler, clean, noise, t), t, self.sampler.text(texts), hidden)
-            loss = noise_loss(made, noise)
-            loss.backward()
+            made = self.adapter(unet, add_noise(scheduler, clean, noise, t), t, empty.expand(24, -1, -1), hidden)
+            noise_loss(made, noise).backward()
+            torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
