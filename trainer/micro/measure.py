@@ -287,7 +287,7 @@ class Adapted:
             self.adapter.denoise(unet, x, t, text, text[:, :0], 0.0)
 
         def told(step: int) -> tuple[Tensor, Tensor]:
-            chosen, lines, shown, hidden = references(32)
+            chosen, lines, shown, hidden = references(16)
             return texts(chosen, lines, shown), hidden
 
         calls = [functools.partial(noisy, timestep) for timestep in (990, 900, 800, 700, 500, 300)]
