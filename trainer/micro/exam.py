@@ -36,7 +36,7 @@ SEEDS = (1, 2, 3)
 PROMPTS = 300
 ADAPTER_SECONDS = 300.0
 ADAPTER_PICTURES = 8000  # whose latents and features are made beforehand, as `fit` would take them from a cache
-ALIGNMENT_STEPS = 2000  # of them, the first: two thirds of the time
+ALIGNMENT_STEPS = 1500  # of them, the first; some four fifths of the time on two cores
 REFERENCES = 100  # pictures that an adapter is asked with, of each kind
 SKETCHES = 60  # drawings that lines are drawn of
 
