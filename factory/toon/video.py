@@ -115,13 +115,13 @@ def write_clips(
     }
     for left in directory.glob(".toon-*.part"):  # of a run that was killed
         left.unlink()
-    todo = {path: plan for path, plan in plans.items() if not _complete(path, plan)}
-    for path in plans.keys() - todo.keys():
+    missing = {path: plan for path, plan in plans.items() if not _complete(path, plan)}
+    for path in plans.keys() - missing.keys():
         print(f"{path}: already there", flush=True)
-    if todo:
+    if missing:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, len(todo)), mp_context=context) as pool:
-            for done in as_completed([pool.submit(_write_one, path, plan) for path, plan in todo.items()]):
+        with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, len(missing)), mp_context=context) as pool:
+            for done in as_completed([pool.submit(_write_one, path, plan) for path, plan in missing.items()]):
                 path = done.result()
                 plan = plans[path]
                 print(f"{path}: {len(plan.shots)} shots, {plan.frames} frames, seed {plan.seed}", flush=True)

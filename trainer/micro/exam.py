@@ -128,10 +128,8 @@ class Exam:
     def adapter(self) -> dict[str, Any]:
         """What references bring through an adapter trained for five minutes, by seed."""
         found: dict[str, Any] = {"seconds": ADAPTER_SECONDS, "threads": self.shop.threads}
-        pictures, held_out = (
-            Pictures(self.shop.corpus("train").first(ADAPTER_PICTURES)),
-            self.shop.pictures("validation"),
-        )
+        pictures = Pictures(self.shop.corpus("train").first(ADAPTER_PICTURES))
+        held_out = self.shop.pictures("validation")
         latents, features = Latents(self.backbone.vae, pictures), measure.Features(self.backbone, pictures)
         for seed in SEEDS:
             model = measure.Adapted(self.backbone, self.sampler, seed)

@@ -150,9 +150,9 @@ def f_score(made: np.ndarray, true: np.ndarray, *, reach: int = 1, level: int = 
 def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) -> dict[str, dict[str, float]]:
     """Return areas under the ROC curve of match scores: true captions against such with one attribute changed.
 
-    By framing of the pictures of one figure, and for those of two; in each the area over all changes, and for each
-    attribute that against its changes alone. `no picture` is a blank sheet in place of the busts: what the texts alone
-    give away.
+    By framing of the pictures of one figure, for those of two, and for all; in each the area over all changes, and for
+    each attribute that against its changes alone. `no picture` is a blank sheet in place of the busts: what the texts
+    alone give away.
     """
     frames, rng = blip.Frames(corpus), np.random.default_rng(7)
     changes: list[str] = []
@@ -174,6 +174,7 @@ def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) 
     for name in (*VALUES["camera"], "two figures"):
         if (framing == name).any():
             found[name] = _areas(true, false, np.array(changes), framing == name)
+    found["all"] = _areas(true, false, np.array(changes), framing != "")
     return found | {"no picture": _areas(blank_true, blank_false, np.array(changes), framing == "bust")}
 
 
@@ -268,11 +269,8 @@ class Adapted:
         self.adapter.attach(unet)
 
         def references(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-            chosen, lines, shown = (
-                rng.integers(len(scenes), size=count),
-                rng.random(count) < 0.5,
-                rng.random(count) > 0.08,
-            )
+            chosen = rng.integers(len(scenes), size=count)
+            lines, shown = rng.random(count) < 0.5, rng.random(count) > 0.08
             hidden = features.read(chosen, lines)
             return chosen, lines, shown, torch.where(torch.from_numpy(shown)[:, None, None], hidden, null)
 
