@@ -48,16 +48,28 @@ class DecodeSegment:
             error = f"decode: {segment.uri} is gone. Build again with the path where it is now."
             return {"entry": json.dumps({"error": error, "source_id": segment.source_id})}
         try:
-            for candidate in worker.run_killable(
-                "factory.video:candidate_frames", segment, limits, deadline_seconds=deadline
-            ):
-                rows.append(candidate | {"decode_fingerprint": self._fingerprint})
+            failure = self._decode(segment, deadline, rows, "decord")
+            if failure:  # damaged: once more, with the decoder that gives all before the damage
+                rows.clear()
+                failure = self._decode(segment, deadline, rows, "av")
         except worker.WorkerEnded as error:
             return {"entry": json.dumps({"error": f"decode: {error}", "source_id": segment.source_id})}
-        except worker.WorkerFailed as error:
-            rows.append(self._failed(segment, rows, str(error)))
+        if failure:
+            rows.append(self._failed(segment, rows, failure))
         entry = self._store.write_unit("candidates", segment.segment_id, rows)
         return {"entry": json.dumps(entry)}
+
+    def _decode(self, segment: Segment, deadline: float, rows: list[dict[str, Any]], decoder: str) -> str:
+        """Append the segment's candidates to `rows`; return why it can't be read to its end, or nothing."""
+        frames = ("factory.video:candidate_frames", segment, self._config.video, decoder)
+        try:
+            for candidate in worker.run_killable(*frames, deadline_seconds=deadline):
+                rows.append(candidate | {"decode_fingerprint": self._fingerprint})
+        except worker.WorkerEnded:
+            raise
+        except worker.WorkerFailed as error:
+            return str(error)
+        return ""
 
     def _failed(self, segment: Segment, rows: list[dict[str, Any]], reason: str) -> dict[str, Any]:
         """The row that says from where on the segment could not be read."""

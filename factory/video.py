@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -170,13 +170,18 @@ def segments_of(source: dict[str, Any]) -> list[Segment]:
     ]
 
 
-def candidate_frames(segment: Segment, config: VideoConfig) -> Iterator[dict[str, Any]]:
+def candidate_frames(
+    segment: Segment, config: VideoConfig, decoder: Literal["decord", "av"] = "decord"
+) -> Iterator[dict[str, Any]]:
     """Yield a `candidates` row for the best frame of each shot that starts in `segment`, in order of time.
 
-    Raises RuntimeError where the file stops being readable; the rows yielded before stay good.
+    Raises RuntimeError where the file stops being readable; the rows yielded before stay good. Decord reads ahead in a
+    thread of its own, so how much of a damaged file it gives before the error is chance; PyAV, slower, always gives all
+    that comes before.
     """
     cv2.setNumThreads(1)
-    for shot in _shots(_decode(segment, config), config, until=segment.end):
+    frames = {"decord": _decode, "av": _decode_in_order}[decoder](segment, config)
+    for shot in _shots(frames, config, until=segment.end):
         if shot.start >= segment.start:
             yield _row(segment, shot, config)
 
@@ -198,31 +203,60 @@ class _Shot:
     best: _Frame
 
 
-def _decode(segment: Segment, config: VideoConfig) -> Iterator[tuple[int, float, float, np.ndarray]]:
-    """Yield (index, timestamp s, average fps, RGB frame) from the segment's overlap to the bound of its last shot."""
-    import av
+_Decoded = tuple[int, float, float, np.ndarray]  # index, timestamp s, average fps, RGB frame
+
+
+def _decode(segment: Segment, config: VideoConfig) -> Iterator[_Decoded]:
+    """Yield the frames from the segment's overlap to the bound of its last shot."""
     import decord
 
-    with av.open(segment.uri) as container:
-        times = np.asarray(_packets(container)[0])
-    times -= times[0]
-    if np.any(np.diff(times) <= 0):
-        raise RuntimeError(f"the stream's time stamps do not increase. {_REMUX}")
+    times, first, last = _bounds(segment, config)
     reader = decord.VideoReader(segment.uri, num_threads=config.decode_threads)
     if len(reader) != len(times):
         raise RuntimeError(f"the decoder counts {len(reader)} frames, the container {len(times)}. {_REMUX}")
-    first = int(np.searchsorted(times, segment.start - config.overlap_seconds)) if segment.start > 0 else 0
-    last = int(np.searchsorted(times, segment.end + config.max_shot_seconds))
     height, width = reader[first].shape[:2]
     step = max(1, min(16, int(64e6 / (height * width * 3))))  # at most 64 MB of raw frames at once
     for low in range(first, last, step):
         indices = range(low, min(low + step, last))
         for index, image in zip(indices, reader.get_batch(list(indices)).asnumpy(), strict=True):
-            yield index, float(times[index]), reader.get_avg_fps(), image
+            yield index, float(times[index] - times[0]), reader.get_avg_fps(), image
+
+
+def _decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[_Decoded]:
+    """Yield what `_decode` does, one frame after the other, up to the very frame that can't be read."""
+    import av
+
+    times, first, last = _bounds(segment, config)
+    with av.open(segment.uri) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = config.decode_threads
+        fps = float(stream.average_rate or 0)
+        container.seek(round(times[first] / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            index = int(np.abs(times - float(frame.pts * stream.time_base)).argmin())
+            if index >= last:
+                return
+            if frame.is_corrupt:
+                raise RuntimeError(f"the frame at {times[index] - times[0]:.3f} s is damaged")
+            if index >= first:
+                yield index, float(times[index] - times[0]), fps, frame.to_ndarray(format="rgb24")
+
+
+def _bounds(segment: Segment, config: VideoConfig) -> tuple[np.ndarray, int, int]:
+    """Return the stream's time stamps (s) of the film's frames, and the range of them that decides the segment."""
+    import av
+
+    with av.open(segment.uri) as container:
+        times = np.asarray(_packets(container)[0])
+    if np.any(np.diff(times) <= 0):
+        raise RuntimeError(f"the stream's time stamps do not increase. {_REMUX}")
+    since = times - times[0]
+    first = int(np.searchsorted(since, segment.start - config.overlap_seconds)) if segment.start > 0 else 0
+    return times, first, int(np.searchsorted(since, segment.end + config.max_shot_seconds))
 
 
 def _shots(
-    frames: Iterator[tuple[int, float, float, np.ndarray]], config: VideoConfig, *, until: float = math.inf
+    frames: Iterator[_Decoded], config: VideoConfig, *, until: float = math.inf
 ) -> Iterator[_Shot]:
     """Yield the shots that start before `until` (s) with their best frame.
 

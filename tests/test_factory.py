@@ -166,7 +166,7 @@ def test_bad_files_are_rows_and_their_neighbours_are_complete(
     }
     assert "Invalid data" in found["text.mp4"]["error"]
     assert "decode" in found["cut.mp4"]["error"]
-    assert found["cut.mp4"]["candidates"] >= 2
+    assert found["cut.mp4"]["candidates"] >= 4  # of six shots, and the failed one
     assert contents(root)["samples"] == contents(small_dataset)["samples"]
     assert "cut.mp4" in capsys.readouterr().out
 

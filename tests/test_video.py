@@ -169,6 +169,33 @@ def test_a_film_that_breaks_midway_fails_in_bounded_time(tmp_path: Path) -> None
     assert all(row["image"] for row in rows)
 
 
+def test_all_that_lies_before_the_damage_is_given_each_time(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "f.mp4", patterns(6, 24), movflags="faststart")
+    whole = candidates(path)
+    os.truncate(path, path.stat().st_size * 2 // 3)
+    (segment,) = video.segments_of(video.describe_source(str(path), VideoConfig()))
+    found = [_run("factory.video:candidate_frames", segment, VideoConfig(), "av", deadline_seconds=60) for _ in "ab"]
+    assert found[0] == found[1]
+    rows, error = found[0]
+    assert "Invalid data" in error
+    assert [row["image_sha256"] for row in rows[:3]] == [row["image_sha256"] for row in whole[:3]]
+
+
+def test_both_decoders_give_the_same_rows(films: Path, tmp_path: Path) -> None:
+    shifted = write_film(tmp_path / "f.mkv", patterns(4, 20), times=[1000 + 40 * i + i % 3 for i in range(80)])
+    for path in (next(films.glob("*.mp4")), shifted):
+        config = VideoConfig(segment_seconds=1)
+        segments = video.segments_of(video.describe_source(str(path), config))
+        assert len(segments) > 1
+        for segment in segments:
+            rows, others = (list(video.candidate_frames(segment, config, name)) for name in ("decord", "av"))
+            assert [row["shot"] for row in rows] == [row["shot"] for row in others]
+            for row, other in zip(rows, others, strict=True):
+                assert row["frame_id"] == other["frame_id"]
+                images = [video.decode_image(one["image"]).astype(int) for one in (row, other)]
+                assert np.abs(images[0] - images[1]).mean() < 2
+
+
 def test_a_worker_that_spins_is_ended_and_what_it_gave_stays() -> None:
     start = time.monotonic()
     rows, error = _run("tests.test_video:_spins", deadline_seconds=8)
