@@ -233,11 +233,11 @@ def _decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[_Decoded
         fps = float(stream.average_rate or 0)
         container.seek(round(times[first] / stream.time_base), stream=stream)
         for frame in container.decode(stream):
-            index = int(np.abs(times - float(frame.pts * stream.time_base)).argmin())
+            if frame.time is None or frame.is_corrupt:
+                raise RuntimeError("a frame is damaged")
+            index = int(np.abs(times - frame.time).argmin())
             if index >= last:
                 return
-            if frame.is_corrupt:
-                raise RuntimeError(f"the frame at {times[index] - times[0]:.3f} s is damaged")
             if index >= first:
                 yield index, float(times[index] - times[0]), fps, frame.to_ndarray(format="rgb24")
 
@@ -255,9 +255,7 @@ def _bounds(segment: Segment, config: VideoConfig) -> tuple[np.ndarray, int, int
     return times, first, int(np.searchsorted(since, segment.end + config.max_shot_seconds))
 
 
-def _shots(
-    frames: Iterator[_Decoded], config: VideoConfig, *, until: float = math.inf
-) -> Iterator[_Shot]:
+def _shots(frames: Iterator[_Decoded], config: VideoConfig, *, until: float = math.inf) -> Iterator[_Shot]:
     """Yield the shots that start before `until` (s) with their best frame.
 
     In memory are that frame and the few that the detector looks back on.

@@ -200,7 +200,7 @@ def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: 
 def test_the_exam_takes_the_shipped_models_and_the_card_tells_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"PROMPTS": 8, "SEEDS": (1,), "REFERENCES": 2, "SKETCHES": 2, "ADAPTER_SECONDS": 0.5, "ALIGNMENT_STEPS": 2}
+    small = {"PROMPTS": 8, "SEEDS": (1,), "REFERENCES": 2, "SKETCHES": 2, "ADAPTER_SECONDS": 0.5}
     for name, value in small.items():
         monkeypatch.setattr(exam, name, value)
     shop = stages.Workshop(tmp_path, trial=True)

@@ -70,6 +70,7 @@ class TrainerConfig:
     resampler_dim: int | None = None  # width of a new Resampler; None: the base's text width, rounded up to 64
     data: DataConfig = field(default_factory=DataConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    alignment_steps: int = 0  # before the first step, a new adapter learns from the texts' states (trainer/align.py)
     learning_rate: float = 1e-4  # constant, no warm-up
     weight_decay: float = 0.01  # of AdamW
     max_train_steps: int = 1000  # optimizer steps; raise it and run again to go on
@@ -95,6 +96,8 @@ class TrainerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.alignment_steps < 0:
+            raise ValueError(f"alignment_steps must be 0 or more, got {self.alignment_steps}.")
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"learning_rate must be above 0 and weight_decay 0 or more, got {self.learning_rate}, "

@@ -8,6 +8,8 @@ Imported in Ray Train workers only, after Ray has set DS_ACCELERATOR: DeepSpeed 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from factory.files import new_folder
 from trainer.adapter import Adapter, AdapterConfig
+from trainer.align import align, record_queries
 from trainer.backbone import load_backbone
 from trainer.config import TrainerConfig
 from trainer.data import Draw, Sample, Samples, batch_indices, draw, generator_of, share
@@ -29,6 +32,7 @@ from trainer.run import Run
 
 TAG = "zero"  # folder of DeepSpeed's files within state/
 T = TypeVar("T")
+ALIGNED_AT = (990, 900, 800, 700, 500, 300)  # time steps whose queries the alignment takes: mostly high noise
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
 
 
@@ -61,9 +65,12 @@ class Worker:
         self.null_1NE = self.base.encode_image_null(1)
         adapter = self._new_adapter()
         adapter.attach(self.base.unet)
-        self.engine = _engine(adapter, config)
         self._ahead = ThreadPoolExecutor(1)  # decodes the next batch while this one trains
         self._next: tuple[int, Future[list[Sample]]] | None = None
+        self._newest = self._of_rank_0(self.run.newest)  # step of the checkpoint that this run goes on from
+        if config.alignment_steps and not config.adapter and not self._newest:
+            self._align(adapter)
+        self.engine = _engine(adapter, config)
         self._validation: list[tuple[Tensor, ...]] | None = None
 
     @property
@@ -73,7 +80,7 @@ class Worker:
 
     def resume(self) -> int:
         """Restore the newest good checkpoint, drop metrics after it, and return its step; 0 for a new run."""
-        step = self._of_rank_0(self.run.newest)
+        step = self._newest
         if self.rank == 0:
             self.run.rewind(step)
         if step:
@@ -158,6 +165,45 @@ class Worker:
         torch.manual_seed(self.config.seed)
         return Adapter.for_unet(self.base.unet, config).to(self.device)
 
+    def _align(self, adapter: Adapter) -> None:
+        """Give a new adapter its warm start. Its batches are those of as many training steps, without noise."""
+        size, steps = self.config.train_batch_size, self.config.alignment_steps
+        places = share(size, self.rank, self.world_size)
+
+        def read(step: int, places: Sequence[int]) -> tuple[list[Sample], list[Draw]]:
+            draws = [draw(self.config.seed, step, place, self.latent, self.config.data) for place in places]
+            # what an adapter adds without a picture is nothing: no text either
+            draws = [dataclasses.replace(d, drop_text=d.drop_image) for d in draws]
+            return self._read(step, places), draws
+
+        def noisy(step: int) -> None:  # the same on every rank
+            samples, draws = read(step, range(size))
+            timestep = ALIGNED_AT[step]
+            draws = [dataclasses.replace(d, timestep=timestep) for d in draws]
+            noisy, timesteps, text, _, _ = self._encode(samples, draws)
+            adapter.denoise(self.base.unet, noisy, timesteps, text, text[:, :0], 0.0)
+
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            samples, draws = read(step, places)
+            return self._told(samples, draws)
+
+        def progress(step: int) -> float:
+            if self.rank == 0 and (step % self.config.logging_steps == 0 or step == steps):
+                print(f"alignment {step}/{steps}", flush=True)
+            return step / steps
+
+        def average(gradient: Tensor) -> None:
+            dist.all_reduce(gradient)
+            gradient /= self.world_size
+
+        torch.manual_seed(self.config.seed)
+        with self.autocast:
+            queries = record_queries(
+                self.base.unet, [functools.partial(noisy, step) for step in range(len(ALIGNED_AT))]
+            )
+            empty = self.base.encode_text([""])
+            align(adapter, self.base.unet, queries, empty, batch, progress=progress, reduce=average)
+
     def _read(self, step: int, places: Sequence[int]) -> list[Sample]:
         """Return this rank's samples of `step`, and begin to read those of the next."""
 
@@ -176,10 +222,14 @@ class Worker:
         posterior = torch.stack([d.posterior_4hw for d in draws])
         timesteps = torch.tensor([d.timestep for d in draws], device=self.device)
         latents = self.base.image_to_latents(torch.stack([s.target for s in samples]), posterior)
+        noisy = add_noise(self.scheduler, latents, noise, timesteps).to(self.base.unet.dtype)
+        return noisy, timesteps, *self._told(samples, draws), noise
+
+    def _told(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """Return text states (B,77,C) and image features (B,N,E), each of nothing where it is dropped."""
         text = self.base.encode_text(["" if d.drop_text else s.text for s, d in zip(samples, draws, strict=True)])
         hidden = self._features([None if d.drop_image else s.reference for s, d in zip(samples, draws, strict=True)])
-        noisy = add_noise(self.scheduler, latents, noise, timesteps).to(self.base.unet.dtype)
-        return noisy, timesteps, text, hidden, noise
+        return text, hidden
 
     def _features(self, pictures: Sequence[Image.Image | None]) -> Tensor:
         """Return image features (B,N,E); the null picture's where there is none."""

@@ -21,7 +21,7 @@ from factory.models import find_model
 from factory.sketch.engine import SketchConfig, sketch
 from trainer.backbone import Backbone, load_backbone
 from trainer.base import MICRO, WEIGHTS
-from trainer.micro import lines, measure
+from trainer.micro import adapted, lines, measure
 from trainer.micro.card import made_of
 from trainer.micro.clip import retrieval
 from trainer.micro.pictures import Pictures
@@ -36,7 +36,6 @@ SEEDS = (1, 2, 3)
 PROMPTS = 300
 ADAPTER_SECONDS = 300.0
 ADAPTER_PICTURES = 8000  # whose latents and features are made beforehand, as `fit` would take them from a cache
-ALIGNMENT_STEPS = 1500  # of them, the first; some four fifths of the time on two cores
 REFERENCES = 100  # pictures that an adapter is asked with, of each kind
 SKETCHES = 60  # drawings that lines are drawn of
 
@@ -130,17 +129,17 @@ class Exam:
         found: dict[str, Any] = {"seconds": ADAPTER_SECONDS, "threads": self.shop.threads}
         pictures = Pictures(self.shop.corpus("train").first(ADAPTER_PICTURES))
         held_out = self.shop.pictures("validation")
-        latents, features = Latents(self.backbone.vae, pictures), measure.Features(self.backbone, pictures)
+        latents, features = Latents(self.backbone.vae, pictures), adapted.Features(self.backbone, pictures)
         for seed in SEEDS:
-            model = measure.Adapted(self.backbone, self.sampler, seed)
-            steps = model.train(pictures.scenes, latents, features, ADAPTER_SECONDS, alignment_steps=ALIGNMENT_STEPS)
-            found[f"seed {seed}"] = {"steps": steps} | measure.adapted(model, self.probe, held_out, REFERENCES)
+            model = adapted.Adapted(self.backbone, self.sampler, seed)
+            steps = model.train(pictures.scenes, latents, features, ADAPTER_SECONDS)
+            found[f"seed {seed}"] = {"steps": steps} | adapted.measured(model, self.probe, held_out, REFERENCES)
             self._adapter_sheet(model, held_out, seed)
             model.adapter.detach(self.backbone.unet)
             print(f"adapter, seed {seed}: {json.dumps(found[f'seed {seed}'])}", flush=True)
         return found
 
-    def _adapter_sheet(self, model: measure.Adapted, pictures: Pictures, seed: int) -> None:
+    def _adapter_sheet(self, model: adapted.Adapted, pictures: Pictures, seed: int) -> None:
         rows = []
         for is_line in (False, True):
             references = pictures.first(12, lines=is_line)
