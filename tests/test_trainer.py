@@ -175,6 +175,27 @@ def _weights(run: Path, folder: str = "adapter") -> dict[str, torch.Tensor]:
     return load_file(run / folder / "ip_adapter.safetensors")
 
 
+def test_a_new_adapter_is_aligned_first_alike_on_any_number_of_workers(
+    ray_session: str, config: TrainerConfig, tmp_path: Path
+):
+    def run(name: str, workers: int, **changes: object) -> dict[str, torch.Tensor]:
+        one = dataclasses.replace(config.workers, num_workers=workers)
+        still = {"learning_rate": 1e-9, "max_train_steps": 1, "gradient_accumulation_steps": 1, "workers": one}
+        loop.fit(dataclasses.replace(config, output=str(tmp_path / name), **still | changes))  # type: ignore[arg-type]
+        return Adapter.from_pretrained(tmp_path / name).state_dict()
+
+    alone, shared = run("alone", 1, alignment_steps=5), run("shared", 2, alignment_steps=5)
+    torch.manual_seed(config.seed)
+    sizes = AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64)
+    new = Adapter.for_unet(load_backbone(config.pretrained_model_name_or_path).unet, sizes).state_dict()
+    for key, value in alone.items():
+        moved, apart = (value - new[key]).norm().item(), (value - shared[key]).norm().item()
+        assert moved > 1e-5, key
+        assert apart < 0.2 * moved, (key, apart, moved)
+    begun = run("begun", 1, alignment_steps=5, adapter=str(tmp_path / "alone"))  # no new one: left as it is
+    assert all(torch.allclose(begun[key], alone[key], atol=1e-7) for key in alone)
+
+
 def test_a_finished_run_says_so_and_does_nothing(
     whole: Path, config: TrainerConfig, capsys: pytest.CaptureFixture[str]
 ):

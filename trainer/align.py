@@ -22,6 +22,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer.adapter import Adapter, attend, cross_attention
+from trainer.optimizers import muon_and_adamw
 
 QUERIES = 12  # of each layer in a step, shared by its samples
 
@@ -91,20 +92,11 @@ def align(
     """Train `adapter`, which fits `unet`, in place until `progress(step)`, the share that is done, comes to 1.
 
     `batch(step)` gives text tokens (B,T,C) and image features (B,N,E) of its samples. `reduce` averages a gradient over
-    the ranks, in place. Matrices learn by Muon (Jordan 2024), which needs less than half of AdamW's steps;
-    latents, biases and norms by AdamW. A linear warm-up over 50 steps, and a linear fall over the second half. Returns
-    the loss of each step.
+    the ranks, in place. Muon needs less than half of AdamW's steps. A linear warm-up over 50 steps, and a linear fall
+    over the second half. Returns the loss of each step.
     """
     parameters = list(adapter.parameters())
-    optimizers = (
-        torch.optim.Muon(
-            [p for p in parameters if p.ndim == 2],
-            lr=learning_rate,
-            weight_decay=0.0,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW([p for p in parameters if p.ndim != 2], lr=learning_rate, betas=(0.9, 0.99)),
-    )
+    optimizers = muon_and_adamw(adapter, learning_rate)
     losses: list[float] = []
     while (done := progress(len(losses))) < 1:
         rate = learning_rate * min(1, (len(losses) + 1) / 50, 2 * (1 - done) + 0.02)

@@ -20,19 +20,20 @@ from trainer.micro.attributes import COLOURS, VALUES, value_of
 from trainer.micro.clip import normalised
 from trainer.micro.corpus import Corpus, is_held_out
 from trainer.micro.heads import Heads
-from trainer.micro.pictures import SIDE
 from trainer.micro.text import MAX_TOKENS, caption_of
 from trainer.micro.training import Recipe, train
 
 WIDTH = 128
-CAPTIONER = Recipe(steps=8000, batch_size=24, learning_rate=1e-3, decay_from=0.55, ema=0.998, seed=2)
+CAPTIONER_SIDE, MATCHER_SIDE = 128, 64  # pixels of their pictures; the faces of small figures need the more
+GRID = 8  # patches along a side
+CAPTIONER = Recipe(steps=9000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
 MATCHER = Recipe(steps=9000, batch_size=24, learning_rate=1e-3, decay_from=0.55, ema=0.998, seed=3)
 ALONE = 0.6  # share of the steps, the first, in which the image tower learns alone: they are short
 HEADS = 3.0  # weight of its read-outs after that
 
 
-def new_blip(kind: type, tokenizer: BertTokenizer) -> nn.Module:
-    """Return a BLIP of class `kind` with new weights: 64 px in patches of 8.
+def new_blip(kind: type, tokenizer: BertTokenizer, side: int) -> nn.Module:
+    """Return a BLIP of class `kind` with new weights, for pictures of `side` pixels in 8 x 8 patches.
 
     The positions of the patches begin as sines and cosines of their row and column: the tower then learns what depends
     on place, such as a hair style, in half the steps that it takes from random ones.
@@ -45,7 +46,7 @@ def new_blip(kind: type, tokenizer: BertTokenizer) -> nn.Module:
         "pad_token_id": tokenizer.pad_token_id,
     }
     text = {"num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS + 3}
-    vision = {"num_hidden_layers": 4, "image_size": SIDE, "patch_size": 8, "initializer_range": 0.02}
+    vision = {"num_hidden_layers": 4, "image_size": side, "patch_size": side // GRID, "initializer_range": 0.02}
     blip = kind(
         BlipConfig(
             text_config=size | text | ids | {"encoder_hidden_size": WIDTH},
@@ -55,7 +56,7 @@ def new_blip(kind: type, tokenizer: BertTokenizer) -> nn.Module:
         )
     )
     with torch.no_grad():
-        blip.vision_model.embeddings.position_embedding[0, 1:] = _positions(SIDE // vision["patch_size"], WIDTH)
+        blip.vision_model.embeddings.position_embedding[0, 1:] = _positions(GRID, WIDTH)
     return blip
 
 
@@ -68,13 +69,13 @@ def _positions(side: int, width: int) -> Tensor:
 
 
 class Frames:
-    """Pixels of a corpus at 64 x 64, as BLIP's processor gives them: whole pictures, squeezed to the square."""
+    """Pixels of a corpus at `side` x `side`, as BLIP's processor gives them: whole pictures, squeezed to the square."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, side: int) -> None:
+        self.corpus, self.side = corpus, side
 
     def read(self, indices: np.ndarray, lines: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """Return pixels (B,3,64,64); with `rng` they are moved by up to two pixels and half of them mirrored."""
+        """Return pixels (B,3,side,side); with `rng` they are moved by a 32nd at most, and half of them mirrored."""
         pixels = []
         for i, line in zip(indices, lines, strict=True):
             picture = self.corpus.images[i] if not line else np.repeat(self.corpus.lines[i][..., None], 3, 2)
@@ -83,7 +84,9 @@ class Frames:
                 picture = cv2.copyMakeBorder(picture, 4, 4, 4, 4, cv2.BORDER_REFLECT_101)
                 picture = picture[top : top + len(picture) - 8, left : left + len(picture) - 8]
                 picture = picture[:, ::-1] if rng.random() < 0.5 else picture
-            pixels.append(cv2.resize(np.ascontiguousarray(picture), (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+            pixels.append(
+                cv2.resize(np.ascontiguousarray(picture), (self.side, self.side), interpolation=cv2.INTER_AREA)
+            )
         return normalised(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1)
 
 
@@ -92,8 +95,8 @@ def train_captioner(
 ) -> BlipForConditionalGeneration:
     """Train a captioner of colour pictures, and return it."""
     torch.manual_seed(recipe.seed)
-    blip: BlipForConditionalGeneration = new_blip(BlipForConditionalGeneration, tokenizer)  # type: ignore[assignment]
-    frames, model = Frames(corpus), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, corpus.scenes)})
+    blip: BlipForConditionalGeneration = new_blip(BlipForConditionalGeneration, tokenizer, CAPTIONER_SIDE)  # type: ignore[assignment]
+    frames, model = Frames(corpus, CAPTIONER_SIDE), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, corpus.scenes)})
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         chosen = rng.integers(len(corpus), size=recipe.batch_size)
@@ -197,8 +200,8 @@ def train_matcher(
     which words are wrong.
     """
     torch.manual_seed(recipe.seed)
-    blip: BlipForImageTextRetrieval = new_blip(BlipForImageTextRetrieval, tokenizer)  # type: ignore[assignment]
-    frames, heads = Frames(corpus), Heads(WIDTH, corpus.scenes)
+    blip: BlipForImageTextRetrieval = new_blip(BlipForImageTextRetrieval, tokenizer, MATCHER_SIDE)  # type: ignore[assignment]
+    frames, heads = Frames(corpus, MATCHER_SIDE), Heads(WIDTH, corpus.scenes)
     reader, words = nn.Linear(WIDTH, 2), Words(tokenizer)
     model = nn.ModuleDict({"blip": blip, "heads": heads, "reader": reader})
     temperature = nn.Parameter(torch.tensor(0.07).log())

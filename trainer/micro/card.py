@@ -20,7 +20,7 @@ CARDS: dict[
         "captioner",
         ("captioner",),
         ("captioner",),
-        "A BLIP captioner (`BlipForConditionalGeneration`): a picture of any size, squeezed to 64 x 64, to a sentence.",
+        "A BLIP captioner (`BlipForConditionalGeneration`): a picture, squeezed to 128 x 128, to a sentence.",
     ),
     "sketch": (
         "sketch network",

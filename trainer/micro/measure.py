@@ -147,7 +147,7 @@ def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) 
     each attribute that against its changes alone. `no picture` is a blank sheet in place of the busts: what the texts
     alone give away.
     """
-    frames, rng = blip.Frames(corpus), np.random.default_rng(7)
+    frames, rng = blip.Frames(corpus, model.config.vision_config.image_size), np.random.default_rng(7)
     changes: list[str] = []
     parts: tuple[list[Tensor], ...] = ([], [], [], [])  # scores: true, false; the same of a blank sheet
     for start in range(0, len(corpus), PART):

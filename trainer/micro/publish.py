@@ -137,10 +137,12 @@ def write_lock(weights: Path) -> dict[str, Any]:
 
 
 def _blip(kind: Any, shop: Workshop, stage: str, folder: Path) -> None:
-    kind.from_pretrained(shop.model(stage), dtype=torch.float32, local_files_only=True).save_pretrained(folder)
+    model = kind.from_pretrained(shop.model(stage), dtype=torch.float32, local_files_only=True)
+    model.save_pretrained(folder)
+    side = model.config.vision_config.image_size
     shop.bert().save_pretrained(folder)
     BlipImageProcessor(
-        size={"height": SIDE, "width": SIDE}, image_mean=list(clip.MEAN), image_std=list(clip.STD)
+        size={"height": side, "width": side}, image_mean=list(clip.MEAN), image_std=list(clip.STD)
     ).save_pretrained(folder)
     _halve(folder)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from factory.files import new_file
+from trainer.optimizers import muon_and_adamw
 
 SAVE_EVERY = 250  # steps between states that a stopped stage goes on from
 SAY_EVERY = 50  # steps between lines of progress, each with the means since the last
@@ -21,11 +22,12 @@ SAY_EVERY = 50  # steps between lines of progress, each with the means since the
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one model is trained: AdamW, linear warm-up, cosine to zero over the last part."""
+    """How one model is trained: AdamW or Muon, linear warm-up, cosine to zero over the last part."""
 
     steps: int  # optimizer steps
     batch_size: int
     learning_rate: float
+    muon: bool = False  # matrices by Muon, the rest by AdamW
     seed: int = 0  # of the initial weights and of everything that is drawn while training
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
@@ -58,9 +60,11 @@ def train(
     the stage is under way; the same call goes on from it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
+    rates = {"weight_decay": recipe.weight_decay, "betas": recipe.betas}
+    if recipe.muon:
+        optimizers = muon_and_adamw(model, recipe.learning_rate, **rates)
+    else:
+        optimizers = [torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True, **rates)]
     average = [p.detach().clone() for p in parameters] if recipe.ema else None
     folder.mkdir(parents=True, exist_ok=True)
     state, curve, first, spent = folder / "state.pt", folder / "curve.jsonl", 0, 0.0
@@ -69,7 +73,8 @@ def train(
         if held["recipe"] != asdict(recipe):
             raise ValueError(f"{state} is of another recipe. Remove {folder} to begin anew, or give another --output.")
         model.load_state_dict(held["model"])
-        optimizer.load_state_dict(held["optimizer"])
+        for optimizer, state_of in zip(optimizers, held["optimizers"], strict=True):
+            optimizer.load_state_dict(state_of)
         average, first, spent = held["average"], held["step"], held["seconds"]
         rows = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= first]
         curve.write_text("".join(f"{row}\n" for row in rows))
@@ -78,14 +83,15 @@ def train(
     model.train()
     begun, sums, count = time.monotonic() - spent, {}, 0
     for step in range(first, recipe.steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step)
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         terms = loss(step, np.random.default_rng((recipe.seed, step)))
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if average and recipe.ema:
             share = 1 - min(recipe.ema, (step + 1) / (step + 10))
             with torch.no_grad():
@@ -110,7 +116,7 @@ def train(
             held = {
                 "recipe": asdict(recipe),
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "average": average,
             }
             with new_file(state) as aside:
