@@ -40,7 +40,7 @@ def test_the_image_branch_comes_to_add_what_the_text_adds() -> None:
     assert max(len(q) for q in queries.values()) == 200
     assert not any(layer.to_q._forward_hooks for layer in layers.values())
 
-    losses = align(adapter, base.unet, queries, empty, lambda _: (text, hidden), progress=lambda step: step / 80)
+    losses = align(adapter, base.unet, queries, empty, lambda _: (text, hidden), progress=lambda before: len(before) / 80)
     assert len(losses) == 80
     assert np.mean(losses[-5:]) < 0.7 < losses[0]  # 1: a branch that adds nothing
     others = alignment_loss(adapter, base.unet, queries, text, empty, adapter.image_tokens(hidden.roll(1, 0)))

@@ -85,20 +85,22 @@ def align(
     empty_1TC: Tensor,
     batch: Callable[[int], tuple[Tensor, Tensor]],
     *,
-    progress: Callable[[int], float],
+    progress: Callable[[list[float]], float],
     learning_rate: float = 3e-3,
     reduce: Callable[[Tensor], object] | None = None,
 ) -> list[float]:
-    """Train `adapter`, which fits `unet`, in place until `progress(step)`, the share that is done, comes to 1.
+    """Train `adapter`, which fits `unet`, in place until `progress`, the share that is done, comes to 1.
+
+    `progress` is asked before each step, and given the losses of those before; they are returned in the end.
 
     `batch(step)` gives text tokens (B,T,C) and image features (B,N,E) of its samples. `reduce` averages a gradient over
     the ranks, in place. Muon needs less than half of AdamW's steps. A linear warm-up over 50 steps, and a linear fall
-    over the second half. Returns the loss of each step.
+    over the second half.
     """
     parameters = list(adapter.parameters())
     optimizers = muon_and_adamw(adapter, learning_rate)
     losses: list[float] = []
-    while (done := progress(len(losses))) < 1:
+    while (done := progress(losses)) < 1:
         rate = learning_rate * min(1, (len(losses) + 1) / 50, 2 * (1 - done) + 0.02)
         text_BTC, hidden_BNE = batch(len(losses))
         loss = alignment_loss(adapter, unet, queries, text_BTC, empty_1TC, adapter.image_tokens(hidden_BNE))

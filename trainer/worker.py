@@ -187,9 +187,10 @@ class Worker:
             samples, draws = read(step, places)
             return self._told(samples, draws)
 
-        def progress(step: int) -> float:
-            if self.rank == 0 and (step % self.config.logging_steps == 0 or step == steps):
-                print(f"alignment {step}/{steps}", flush=True)
+        def progress(losses: list[float]) -> float:
+            step, every = len(losses), self.config.logging_steps
+            if self.rank == 0 and step and (step % every == 0 or step == steps):
+                print(f"alignment {step}/{steps}  loss {sum(losses[-every:]) / min(step, every):.3f}", flush=True)
             return step / steps
 
         def average(gradient: Tensor) -> None:

@@ -26,7 +26,7 @@ from trainer.micro.training import Recipe, train
 WIDTH = 128
 CAPTIONER_SIDE, MATCHER_SIDE = 128, 64  # pixels of their pictures; the faces of small figures need the more
 GRID = 8  # patches along a side
-CAPTIONER = Recipe(steps=9000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
+CAPTIONER = Recipe(steps=14000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
 MATCHER = Recipe(steps=9000, batch_size=24, learning_rate=1e-3, decay_from=0.55, ema=0.998, seed=3)
 ALONE = 0.6  # share of the steps, the first, in which the image tower learns alone: they are short
 HEADS = 3.0  # weight of its read-outs after that
