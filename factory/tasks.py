@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,11 +50,13 @@ class DecodeSegment:
             return {"entry": json.dumps({"error": error, "source_id": segment.source_id})}
         try:
             failure = self._decode(segment, deadline, rows, "decord")
-            if failure:  # damaged: once more, with the decoder that gives all before the damage
-                rows.clear()
-                failure = self._decode(segment, deadline, rows, "av")
         except worker.WorkerEnded as error:
             return {"entry": json.dumps({"error": f"decode: {error}", "source_id": segment.source_id})}
+        if failure:  # once more, with the decoder that gives all that comes before it
+            again: list[dict[str, Any]] = []
+            with contextlib.suppress(worker.WorkerEnded):
+                failure = self._decode(segment, deadline, again, "av")
+                rows = again
         if failure:
             rows.append(self._failed(segment, rows, failure))
         entry = self._store.write_unit("candidates", segment.segment_id, rows)

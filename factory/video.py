@@ -20,7 +20,7 @@ from factory.files import sha256_file
 from factory.schema import frame_id
 from factory.settings import STRICT
 
-VERSION = "1"  # raised when the same file would give other candidates
+VERSION = "2"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = ("segment_seconds", "decode_threads", "deadline_seconds", "deadline_per_second")
 _REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -fflags +genpts OUT.mkv"
@@ -176,8 +176,8 @@ def candidate_frames(
     """Yield a `candidates` row for the best frame of each shot that starts in `segment`, in order of time.
 
     Raises RuntimeError where the file stops being readable; the rows yielded before stay good. Decord reads ahead in a
-    thread of its own, so how much of a damaged file it gives before the error is chance; PyAV, slower, always gives all
-    that comes before.
+    thread of its own, so how much of a damaged file it gives before the error is chance; PyAV, slower, gives all that
+    comes before, each time.
     """
     cv2.setNumThreads(1)
     frames = {"decord": _decode, "av": _decode_in_order}[decoder](segment, config)
@@ -225,21 +225,29 @@ def _decode(segment: Segment, config: VideoConfig) -> Iterator[_Decoded]:
 def _decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[_Decoded]:
     """Yield what `_decode` does, one frame after the other, up to the very frame that can't be read."""
     import av
+    from av.error import FFmpegError
 
     times, first, last = _bounds(segment, config)
+    index = first - 1
     with av.open(segment.uri) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = config.decode_threads
         fps = float(stream.average_rate or 0)
         container.seek(round(times[first] / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            if frame.time is None or frame.is_corrupt:
-                raise RuntimeError("a frame is damaged")
-            index = int(np.abs(times - frame.time).argmin())
-            if index >= last:
-                return
-            if index >= first:
-                yield index, float(times[index] - times[0]), fps, frame.to_ndarray(format="rgb24")
+        try:
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    raise RuntimeError(f"a frame has no time stamp. {_REMUX}")
+                index = int(np.abs(times - frame.time).argmin())
+                if index >= last:
+                    return
+                if index >= first:
+                    image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                    yield index, float(times[index] - times[0]), fps, np.ascontiguousarray(image)
+        except FFmpegError as error:
+            raise RuntimeError(error.strerror) from error
+    if index < last - 1:
+        raise RuntimeError(f"the decoder ended at frame {index + 1} of {len(times)}. {_REMUX}")
 
 
 def _bounds(segment: Segment, config: VideoConfig) -> tuple[np.ndarray, int, int]:

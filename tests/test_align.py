@@ -1,10 +1,11 @@
-"""The warm start: a new adapter's image branch learns to add what the text adds, without passes through the UNet."""
+"""The warm start: a new adapter's image branch learns to add what the text adds."""
 
 from __future__ import annotations
 
 import random
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +18,8 @@ from trainer.base import MICRO
 from trainer.micro.corpus import random_scene
 
 
-def test_the_image_branch_comes_to_add_what_the_text_adds() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_image_branch_comes_to_add_what_the_text_adds(bf16: bool) -> None:
     base = load_backbone(MICRO)
     unet: torch.nn.Module = base.unet
     torch.manual_seed(0)
@@ -40,7 +42,15 @@ def test_the_image_branch_comes_to_add_what_the_text_adds() -> None:
     assert max(len(q) for q in queries.values()) == 200
     assert not any(layer.to_q._forward_hooks for layer in layers.values())
 
-    losses = align(adapter, base.unet, queries, empty, lambda _: (text, hidden), progress=lambda before: len(before) / 80)
+    losses = align(
+        adapter,
+        base.unet,
+        queries,
+        empty,
+        lambda _: (text, hidden),
+        progress=lambda before: len(before) / 80,
+        bf16=bf16,
+    )
     assert len(losses) == 80
     assert np.mean(losses[-5:]) < 0.7 < losses[0]  # 1: a branch that adds nothing
     others = alignment_loss(adapter, base.unet, queries, text, empty, adapter.image_tokens(hidden.roll(1, 0)))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from trainer.adapter import Adapter, attend, cross_attention
 from trainer.optimizers import muon_and_adamw
 
+TIMESTEPS = (990, 900, 800, 700, 500, 300)  # whose queries are recorded: mostly high noise, where a text decides
 QUERIES = 12  # of each layer in a step, shared by its samples
 
 
@@ -87,6 +88,7 @@ def align(
     *,
     progress: Callable[[list[float]], float],
     learning_rate: float = 3e-3,
+    bf16: bool = False,
     reduce: Callable[[Tensor], object] | None = None,
 ) -> list[float]:
     """Train `adapter`, which fits `unet`, in place until `progress`, the share that is done, comes to 1.
@@ -94,8 +96,8 @@ def align(
     `progress` is asked before each step, and given the losses of those before; they are returned in the end.
 
     `batch(step)` gives text tokens (B,T,C) and image features (B,N,E) of its samples. `reduce` averages a gradient over
-    the ranks, in place. Muon needs less than half of AdamW's steps. A linear warm-up over 50 steps, and a linear fall
-    over the second half.
+    the ranks, in place; with `bf16` the adapter's products are computed so. Muon needs less than half of AdamW's steps.
+    A linear warm-up over 50 steps, and a linear fall over the second half.
     """
     parameters = list(adapter.parameters())
     optimizers = muon_and_adamw(adapter, learning_rate)
@@ -103,7 +105,8 @@ def align(
     while (done := progress(losses)) < 1:
         rate = learning_rate * min(1, (len(losses) + 1) / 50, 2 * (1 - done) + 0.02)
         text_BTC, hidden_BNE = batch(len(losses))
-        loss = alignment_loss(adapter, unet, queries, text_BTC, empty_1TC, adapter.image_tokens(hidden_BNE))
+        with torch.autocast(hidden_BNE.device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = alignment_loss(adapter, unet, queries, text_BTC, empty_1TC, adapter.image_tokens(hidden_BNE))
         loss.backward()
         for parameter in parameters:
             if reduce and parameter.grad is not None:

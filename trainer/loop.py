@@ -221,6 +221,7 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
 
 _SETTINGS = (  # what the trained weights depend on
     "seed",
+    "alignment_steps",
     "learning_rate",
     "weight_decay",
     "train_batch_size",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from factory.files import new_folder
 from trainer.adapter import Adapter, AdapterConfig
-from trainer.align import align, record_queries
+from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import load_backbone
 from trainer.config import TrainerConfig
 from trainer.data import Draw, Sample, Samples, batch_indices, draw, generator_of, share
@@ -32,7 +32,7 @@ from trainer.run import Run
 
 TAG = "zero"  # folder of DeepSpeed's files within state/
 T = TypeVar("T")
-ALIGNED_AT = (990, 900, 800, 700, 500, 300)  # time steps whose queries the alignment takes: mostly high noise
+RECORDED = 16  # samples of a pass whose queries the alignment takes
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
 
 
@@ -170,22 +170,19 @@ class Worker:
         size, steps = self.config.train_batch_size, self.config.alignment_steps
         places = share(size, self.rank, self.world_size)
 
-        def read(step: int, places: Sequence[int]) -> tuple[list[Sample], list[Draw]]:
+        def drawn(step: int, places: Sequence[int]) -> list[Draw]:
             draws = [draw(self.config.seed, step, place, self.latent, self.config.data) for place in places]
             # what an adapter adds without a picture is nothing: no text either
-            draws = [dataclasses.replace(d, drop_text=d.drop_image) for d in draws]
-            return self._read(step, places), draws
+            return [dataclasses.replace(d, drop_text=d.drop_image) for d in draws]
 
         def noisy(step: int) -> None:  # the same on every rank
-            samples, draws = read(step, range(size))
-            timestep = ALIGNED_AT[step]
-            draws = [dataclasses.replace(d, timestep=timestep) for d in draws]
-            noisy, timesteps, text, _, _ = self._encode(samples, draws)
+            indices = batch_indices(self.config.seed, step, size, len(self.samples))[:RECORDED]
+            draws = [dataclasses.replace(d, timestep=TIMESTEPS[step]) for d in drawn(step, range(len(indices)))]
+            noisy, timesteps, text, _, _ = self._encode(self.samples.read(indices), draws)
             adapter.denoise(self.base.unet, noisy, timesteps, text, text[:, :0], 0.0)
 
         def batch(step: int) -> tuple[Tensor, Tensor]:
-            samples, draws = read(step, places)
-            return self._told(samples, draws)
+            return self._told(self._read(step, places), drawn(step, places))
 
         def progress(losses: list[float]) -> float:
             step, every = len(losses), self.config.logging_steps
@@ -198,12 +195,10 @@ class Worker:
             gradient /= self.world_size
 
         torch.manual_seed(self.config.seed)
-        with self.autocast:
-            queries = record_queries(
-                self.base.unet, [functools.partial(noisy, step) for step in range(len(ALIGNED_AT))]
-            )
-            empty = self.base.encode_text([""])
-            align(adapter, self.base.unet, queries, empty, batch, progress=progress, reduce=average)
+        passes = [functools.partial(noisy, step) for step in range(len(TIMESTEPS))]
+        queries, empty = record_queries(self.base.unet, passes), self.base.encode_text([""])
+        bf16 = self.config.mixed_precision == "bf16"
+        align(adapter, self.base.unet, queries, empty, batch, progress=progress, bf16=bf16, reduce=average)
 
     def _read(self, step: int, places: Sequence[int]) -> list[Sample]:
         """Return this rank's samples of `step`, and begin to read those of the next."""

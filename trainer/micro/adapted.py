@@ -14,7 +14,7 @@ from torch import Tensor
 
 from factory.toon.traits import Scene
 from trainer.adapter import Adapter, AdapterConfig
-from trainer.align import align, record_queries
+from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import Backbone, ddim
 from trainer.loss import add_noise, noise_loss
 from trainer.micro.attributes import JUDGED
@@ -61,7 +61,7 @@ class Adapted:
     def train(self, scenes: list[Scene], latents: Latents, features: Features, seconds: float) -> dict[str, int]:
         """Train for so long on pictures that are their own references, half of them line art; return the steps.
 
-        For four fifths of the time the image branch is aligned with the captions (trainer/align.py), then noise teaches
+        For ALIGNED of the time the image branch is aligned with the captions (trainer/align.py), then noise teaches
         it, without text and mostly at high noise, where a reference decides. A share of the references is dropped
         throughout.
         """
@@ -92,7 +92,7 @@ class Adapted:
         def done() -> float:
             return (time.monotonic() - begun) / seconds
 
-        calls = [functools.partial(noisy, timestep) for timestep in (990, 900, 800, 700, 500, 300)]
+        calls = [functools.partial(noisy, timestep) for timestep in TIMESTEPS]
         queries, empty = record_queries(unet, calls), self.sampler.text([""])
         aligned = align(self.adapter, unet, queries, empty, told, progress=lambda _: done() / ALIGNED)
         optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.01)
