@@ -440,8 +440,14 @@ def test_relative_paths_are_refused_in_a_job(
 def test_the_command_ends_a_finished_run_with_zero_and_a_locked_one_with_one(
     whole: Path, config: TrainerConfig, capsys: pytest.CaptureFixture[str]
 ):
-    changes = [f"{name}={getattr(config, name)}" for name in ("learning_rate", "train_batch_size", "seed")]
-    changes += ["gradient_accumulation_steps=2", "data.validation_samples=3", "max_train_steps=6"]
+    names = ("learning_rate", "train_batch_size", "seed", "alignment_steps")
+    changes = [f"{name}={getattr(config, name)}" for name in names]
+    changes += [
+        f"data.text_drop_rate={config.data.text_drop_rate}",
+        "gradient_accumulation_steps=2",
+        "data.validation_samples=3",
+        "max_train_steps=6",
+    ]
     arguments = ["fit", "--root", config.data.root, "--output", str(whole), "--num-workers", "2"]
     arguments += ["--base", config.pretrained_model_name_or_path, *(f"--set={change}" for change in changes)]
     assert main(arguments) == 0
