@@ -47,7 +47,7 @@ class Request:
 
 def requests_for(root: Path, count: int = 4) -> list[Request]:
     """Return what the demo asks: for `count` held-out samples the base with their caption, and with the keywords of
-    line art too; the adapter with the same text and their sketch, and with the sketch and no text but the keywords.
+    line art alone; the adapter with these keywords and their sketch, and with all three.
 
     The pictures of one sample share a seed.
     """
@@ -69,9 +69,9 @@ def requests_for(root: Path, count: int = 4) -> list[Request]:
         adapter = functools.partial(Request, group=key, reference=key, seed=seed)
         asked += [
             base(shows="base: the caption", prompt=caption),
-            base(shows="base: caption and keywords", prompt=text),
-            adapter(shows="adapter: caption, keywords, sketch", route="generations", prompt=text),
+            base(shows="base: keywords alone", prompt=alone),
             adapter(shows="adapter: keywords, sketch", route="edits", prompt=alone, adapter_scale=1.0),
+            adapter(shows="adapter: caption, keywords, sketch", route="generations", prompt=text),
         ]
     return asked
 

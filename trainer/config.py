@@ -116,12 +116,12 @@ def micro() -> TrainerConfig:
     return TrainerConfig(
         pretrained_model_name_or_path="animesketch/micro",  # shipped, trainer/weights/micro
         data=DataConfig(resolution=64, text_drop_rate=0.85),  # in so few steps a reference learns little beside texts
-        alignment_steps=400,
+        alignment_steps=600,
         learning_rate=2e-4,  # what the alignment has learned is soon forgotten at more
-        max_train_steps=150,
+        max_train_steps=60,
         train_batch_size=16,
-        checkpointing_steps=50,
-        validation_steps=50,
+        checkpointing_steps=30,
+        validation_steps=30,
     )
 
 
