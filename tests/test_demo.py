@@ -1,12 +1,8 @@
-"""The demo's parts: setting up, the local cluster and its end, failing steps, the report."""
+"""The demo's parts: its commands, the local cluster and its end, failing steps."""
 
-import ast
 import contextlib
 import json
 import os
-import re
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,67 +19,13 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import demo, local, pictures, report
+from cluster import demo, local, pictures
 from cluster.journal import Journal, fingerprint
 from cluster.keeper import Kept
 from cluster.local import CommandFailed, LocalCluster, free_ports, run, what_matters
-from factory.store import Committer, Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SETUP = REPOSITORY / "cluster/setup_env.py"
 Disk = namedtuple("Disk", "total used free")
-
-
-# Setting up
-
-
-@pytest.fixture
-def setup_env() -> Any:
-    return namedtuple("Module", "main globals")(*(lambda g: (g["main"], g))(runpy.run_path(str(SETUP))))
-
-
-def test_setup_parses_on_old_pythons() -> None:
-    ast.parse(SETUP.read_text(), feature_version=(3, 6))
-
-
-def test_an_old_python_is_told_in_one_line(setup_env: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    (tmp_path / "requirements.lock").write_text("a==1\n")
-    monkeypatch.setattr(sys, "version_info", (3, 9, 2, "final", 0))
-    assert setup_env.main(str(tmp_path)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Python 3.9 is too old: AnimeSketch needs 3.11 or newer.")
-
-
-def test_a_small_disk_is_told_in_one_line(setup_env: Any, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    (tmp_path / "requirements.lock").write_text("a==1\n")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(10**11, 10**11 - 10**9, 10**9))
-    assert setup_env.main(str(tmp_path)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"has 1\.0 GB free: AnimeSketch needs 10 GB", line)
-    assert not (tmp_path / ".venv").exists()
-
-
-def test_setup_installs_once_and_again_when_the_lock_changes(setup_env: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    lock = tmp_path / "requirements.lock"
-    lock.write_text("# nothing to install\n")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Disk(10**12, 0, 10**12))
-    asked = []
-    popen = subprocess.Popen
-    monkeypatch.setattr("subprocess.Popen", lambda command, **more: asked.append(command) or popen(command, **more))
-    assert setup_env.main(str(tmp_path)) == 0
-    (installed,) = [command for command in asked if "install" in command]
-    assert installed[-3:] == ["--use-pep517", "-r", str(lock)]  # or an older pip speaks of a deprecated way
-    asked.clear()
-    assert setup_env.main(str(tmp_path)) == 0
-    assert asked == []  # nothing was even looked at
-    lock.write_text("# another\n")
-    assert setup_env.main(str(tmp_path)) == 0
-    assert sum("install" in command for command in asked) == 1
-
-
-def test_make_names_every_target() -> None:
-    told = subprocess.run(["make", "-s", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert {"demo", "test", "bench", "soak", "lint", "lock"} <= set(re.findall(r"make (\w+)", told))
 
 
 # Commands
@@ -475,97 +417,3 @@ def test_fingerprints_see_code_and_inputs(tmp_path: Path, monkeypatch: Any) -> N
     assert first != fingerprint(["other"], code=["a"])
     (tmp_path / "a/x.py").write_text("2")
     assert first != fingerprint(["in"], code=["a"])
-
-
-# The report
-
-
-@pytest.fixture
-def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
-    """A demo's folder: the small dataset, and made-up metrics and pictures."""
-    from PIL import Image
-
-    from cluster.pictures import requests_for
-
-    (tmp_path / "dataset").symlink_to(small_dataset)
-    for folder in ("run", "images"):
-        (tmp_path / folder).mkdir()
-    rows: list[dict[str, Any]] = [
-        {"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)
-    ]
-    rows.append({"step": 40, "validation_loss": 0.0625})
-    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    index = []
-    for i, request in enumerate(requests_for(small_dataset)):
-        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-        index.append({"file": f"{i}.png", **vars(request), "prompt": request.prompt + "<script>alert(1)</script>"})
-    (tmp_path / "images/index.json").write_text(json.dumps(index))
-    return tmp_path
-
-
-def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
-    steps = {"dataset": {"title": "Dataset", "key": "k", "seconds": 61.2, "commands": ["ray job submit -- x"]}}
-    page = report.write_report(
-        finished_demo, {"steps": steps, "versions": {"ray": "2.60.0"}, "machine": "2 cores"}
-    ).read_text()
-    told = report.funnel(finished_demo / "dataset")
-    assert f"{told['kept']} of {told['candidates']} candidates kept" in page
-    for source in ("toon-00.mp4", "toon-01.mp4"):
-        assert f"<td>{source}</td>" in page
-    for row in report.sample_rows(finished_demo / "dataset"):
-        assert row["caption"] in page
-        assert f"{row['source']} at {row['timestamp']:.2f} s" in page
-    assert "adapter: keywords, sketch" in page
-    assert "0.0625" in page
-    assert "<svg" in page
-    assert "1 min 01 s" in page
-    assert "ray job submit -- x" in page
-    # one file: every picture is inside, nothing is loaded, text is escaped
-    kinds = {source.split(",")[0] for source in re.findall(r'<img[^>]* src="([^"]*)"', page)}
-    assert kinds == {"data:image/jpeg;base64", "data:image/png;base64"}
-    assert not re.search(r'(?:href|src)="(?!data:|#)', page)
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert len(page) < 6 * 10**6
-
-
-def test_failed_sources_and_candidates_are_shown_with_their_errors(finished_demo: Path) -> None:
-    root = finished_demo / "dataset"
-    built = root.resolve()
-    root.unlink()
-    shutil.copytree(built, root)
-    store = Store(str(root))
-    before = report.funnel(root)
-    cut = {"source_id": "cut", "uri": "/films/cut.mp4", "status": "partial", "error": "ends at <3> s"}
-    text = {"source_id": "text", "uri": "/films/text.mp4", "status": "failed", "error": "not a video"}
-    failed = {
-        "frame_id": "cut-3000001",
-        "source_id": "cut",
-        "segment_id": "cut-0",
-        "timestamp": 3.0,
-        "status": "failed",
-        "reason": "decode: bad_packet & more",
-    }
-    undecided = {**failed, "frame_id": "cut-1", "status": None, "reason": None}
-    for table, rows in (("sources", [cut, text]), ("candidates", [failed, undecided])):
-        Committer(store, table, every=1).add(store.write_unit(table, "made up", rows))
-
-    told = report.funnel(root)
-    assert told["sources"] == before["sources"] + 2
-    assert told["failed_sources"] == 2
-    assert told["candidates"] == before["candidates"] + 2
-    assert told["kept"] == before["kept"]
-    counts = {item["reason"]: item["count"] for item in told["reasons"]}
-    assert counts["failed, decode: bad_packet & more"] == counts["undecided"] == 1
-    assert sum(counts.values()) + told["kept"] == told["candidates"]
-    page = report.write_report(finished_demo, {"steps": {}, "versions": {}, "machine": ""}).read_text()
-    assert '<b class="failed">failed, decode: bad_packet &amp; more</b>' in page
-    assert "<dt>sources failed, whole or in part</dt><dd>2</dd>" in page
-    for line in ("partial: ends at &lt;3&gt; s", "failed: not a video"):
-        assert f'<td class="wide failed">{line}</td>' in page
-
-
-def test_rows_come_from_all_sources_before_any_comes_twice() -> None:
-    taken = list(report.turns([["a0", "a1", "a2", "a3"], ["b0"]]))
-    assert taken[0] == ["a2", "b0"]
-    assert sorted(item for turn in taken for item in turn) == ["a0", "a1", "a2", "a3", "b0"]

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from serving.api import create_api
-from serving.config import Limits, ServingConfig, from_args
+from serving.config import Limits, ServingConfig
 from serving.engine import MAX_SEED
 from serving.keys import allowed, load_keys
 from serving.pictures import BadPicture, read_picture, read_recipe, write_picture
@@ -620,43 +620,3 @@ def test_a_written_picture_holds_its_recipe_and_is_the_same_each_time(format: st
     assert read_recipe(back) == recipe
     if format != "jpeg":
         assert back.convert("RGB").tobytes() == image.tobytes()
-
-
-# settings
-
-
-def test_arguments_of_the_command_line_become_typed_settings() -> None:
-    config = from_args(
-        {"adapter": "/runs/7", "base": "owner/name", "num_cpus": "0.5", "max_replicas": "3", "limits.max_n": "2",
-         "model": "123", "image_encoder": "h94/IP-Adapter/models/image_encoder", "num_threads": "null"}
-    )  # fmt: skip
-    assert (config.adapter, config.num_cpus, config.max_replicas, config.limits.max_n) == ("/runs/7", 0.5, 3, 2)
-    assert (config.model, config.num_threads, config.max_requests) == ("123", None, 22)
-    typed = from_args({"adapter": "/runs/7", "num_cpus": 0.5, "base": None, "limits": {"max_n": 1}})
-    assert (typed.num_cpus, typed.base, typed.limits.max_n, typed.limits.max_side) == (0.5, None, 1, 1024)
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ({}, "adapter is missing. Start with: serve run"),
-        ({"adaptor": "/a"}, "Unknown setting adaptor. Did you mean adapter"),
-        ({"adapter": "/a", "limits.max_m": "2"}, "Did you mean limits.max_n"),
-        ({"adapter": "runs/7"}, r'absolute path: adapter="\$PWD/runs/7"'),
-        ({"adapter": "/a", "base": "./twin"}, r'base="\$PWD/twin"'),
-        ({"adapter": "/a", "base": "twin"}, "base 'twin' is relative"),
-        ({"adapter": "/a", "key_file": "keys"}, "key_file 'keys' is relative"),
-        ({"adapter": "/a", "num_cpus": "many"}, "Setting num_cpus"),
-        ({"adapter": "/a", "num_cpus": "-1"}, "must not be negative"),
-        ({"adapter": "/a", "min_replicas": "2"}, "min_replicas 2 is above max_replicas 1"),
-        ({"adapter": "/a", "dtype": "int8"}, "dtype must be one of"),
-        ({"adapter": "/a", "max_queued_requests": "-1"}, "max_queued_requests must be above 0"),
-        ({"adapter": "/a", "limits.max_num_inference_steps": "1000"}, "at most 999"),
-        ({"adapter": "/a", "limits.min_side": "2048"}, "is above limits.max_side"),
-        ({"adapter": "/a", "model": "a b"}, "model must be"),
-    ],
-    ids=_name,
-)
-def test_a_bad_argument_is_explained(args: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        from_args(args)
