@@ -85,9 +85,10 @@ def test_one_attribute_is_changed_and_only_one_that_lines_show() -> None:
         for _ in range(100):
             scene = random_scene(draws)
             other = blip.changed(scene, rng, line=line)
-            (name,) = [n for n in VALUES if value_of(scene, n) != value_of(other, n)]
+            places = range(len(scene.figures))
+            (name,) = {n for n in VALUES for i in places if value_of(scene, n, i) != value_of(other, n, i)}
             assert not (line and name in COLOURS)
-            assert other.figures[1:] == scene.figures[1:]
+            assert sum(a != b for a, b in zip(scene.figures, other.figures, strict=True)) == hasattr(toon.Figure, name)
             assert not any(is_held_out(figure, other.background) for figure in other.figures)
 
 
@@ -113,6 +114,11 @@ def test_the_words_that_a_picture_does_not_show_are_marked(tmp_path: Path) -> No
     for hair, eyes, mark in (("red", "blue", 1), ("red", "red", -100), ("black", "red", 0), ("black", "blue", -100)):
         told = toon.Scene(figures=(replace(figure, hair=hair, eyes=eyes),))
         assert words.labels(torch.tensor([red]), told, true).tolist() == [mark]
+
+    pair = toon.Scene(figures=(figure, toon.Figure(hair="silver", eyes="green")))
+    told = replace(pair, figures=(figure, toon.Figure(hair="red", eyes="green")))
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(["black", "red", "beside", "red", "green"]))
+    assert words.labels(ids, told, pair).tolist() == [0, 0, -100, 1, 0], "each half by its own figure"
 
 
 def test_tokenizers_know_every_word_and_spell_the_others() -> None:

@@ -22,9 +22,9 @@ COLOURS = ("hair", "eyes", "background", "lighting")  # what line art does not s
 JUDGED = ("hair", "hair_style", "eyes", "expression", "accessory", "background")  # the others are reported
 
 
-def value_of(scene: Scene, name: str) -> str:
-    """Return an attribute of the scene; of two figures, the first one's."""
-    return getattr(scene if hasattr(scene, name) else scene.figures[0], name)
+def value_of(scene: Scene, name: str, figure: int = 0) -> str:
+    """Return an attribute of the scene, or that of its `figure`."""
+    return getattr(scene if hasattr(scene, name) else scene.figures[figure], name)
 
 
 def labels(scene: Scene) -> list[int]:

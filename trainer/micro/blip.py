@@ -24,11 +24,12 @@ from trainer.micro.text import MAX_TOKENS, caption_of
 from trainer.micro.training import Recipe, train
 
 WIDTH = 128
-CAPTIONER_SIDE, MATCHER_SIDE = 128, 64  # pixels of their pictures; the faces of small figures need the more
+SIDE = 128  # pixels of their pictures: the faces of small figures need them
 GRID = 8  # patches along a side
 CAPTIONER = Recipe(steps=14000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
-MATCHER = Recipe(steps=9000, batch_size=24, learning_rate=1e-3, decay_from=0.55, ema=0.998, seed=3)
-ALONE = 0.6  # share of the steps, the first, in which the image tower learns alone: they are short
+MATCHER = Recipe(steps=14000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=3)
+ALONE = {"captioner": 0.6, "matcher": 0.4}  # share of the steps, the first, for the tower alone: short ones
+HARD = 2  # how much oftener the matcher sees a full figure or a pair
 HEADS = 3.0  # weight of its read-outs after that
 
 
@@ -95,15 +96,15 @@ def train_captioner(
 ) -> BlipForConditionalGeneration:
     """Train a captioner of colour pictures, and return it."""
     torch.manual_seed(recipe.seed)
-    blip: BlipForConditionalGeneration = new_blip(BlipForConditionalGeneration, tokenizer, CAPTIONER_SIDE)  # type: ignore[assignment]
-    frames, model = Frames(corpus, CAPTIONER_SIDE), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, corpus.scenes)})
+    blip: BlipForConditionalGeneration = new_blip(BlipForConditionalGeneration, tokenizer, SIDE)  # type: ignore[assignment]
+    frames, model = Frames(corpus, SIDE), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, corpus.scenes)})
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         chosen = rng.integers(len(corpus), size=recipe.batch_size)
         lines = np.zeros(len(chosen), bool)
         embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
         told = model["heads"](embedded[:, 0], chosen, lines)
-        if step < ALONE * recipe.steps:
+        if step < ALONE["captioner"] * recipe.steps:
             return {"loss": told, "heads": told}
         tokens = tokenizer([caption_of(corpus.scenes[i], rng) for i in chosen], padding=True, return_tensors="pt")
         ids = tokens.input_ids.clone()
@@ -150,11 +151,15 @@ def _told(scene: Scene, line: bool) -> list[str]:
 
 
 def _with_another(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
-    others = [value for value in VALUES[name] if value != value_of(scene, name)]
+    """Return the scene with another value of an attribute, of the scene or of one of its figures."""
+    place = int(rng.integers(len(scene.figures)))
+    others = [value for value in VALUES[name] if value != value_of(scene, name, place)]
     change = {name: others[int(rng.integers(len(others)))]}
     if hasattr(scene, name):
         return dataclasses.replace(scene, **change)
-    return dataclasses.replace(scene, figures=(dataclasses.replace(scene.figures[0], **change), *scene.figures[1:]))
+    figures = list(scene.figures)
+    figures[place] = dataclasses.replace(figures[place], **change)
+    return dataclasses.replace(scene, figures=tuple(figures))
 
 
 def _held_out(scene: Scene) -> list[bool]:
@@ -173,6 +178,7 @@ class Words:
     """Which tokens of a text about a scene are true of another scene, and which are not."""
 
     def __init__(self, tokenizer: BertTokenizer) -> None:
+        self.beside = tokenizer.convert_tokens_to_ids("beside")  # stands between two figures, and nowhere else
         self.ids: dict[tuple[str, str], set[int]] = {}
         for name, values in VALUES.items():
             for value in values:
@@ -182,13 +188,21 @@ class Words:
     def labels(self, ids_T: Tensor, told: Scene, true: Scene) -> Tensor:
         """Return for each token (T,) of a text about `told`: 1 if `true` is otherwise, 0 if it is so, -100 if the token
         tells nothing, or may stand for two attributes of which one is so (red: hair or eyes)."""
+        ids = ids_T.tolist()
+        parts = [len(ids)] if len(told.figures) == 1 else [ids.index(self.beside), len(ids)]
+        labels: list[int] = []
+        for figure, end in enumerate(parts):
+            marks = self._marks(told, true, figure)
+            labels += [marks.get(i, -100) for i in ids[len(labels) : end]]
+        return torch.tensor(labels)
+
+    def _marks(self, told: Scene, true: Scene, figure: int) -> dict[int, int]:
         found: dict[int, set[bool]] = {}
         for name in VALUES:
-            value = value_of(told, name)
+            value = value_of(told, name, figure)
             for token in self.ids[name, value]:
-                found.setdefault(token, set()).add(value != value_of(true, name))
-        marks = {token: int(wrong.pop()) for token, wrong in found.items() if len(wrong) == 1}
-        return torch.tensor([marks.get(int(i), -100) for i in ids_T])
+                found.setdefault(token, set()).add(value != value_of(true, name, figure))
+        return {token: int(wrong.pop()) for token, wrong in found.items() if len(wrong) == 1}
 
 
 def train_matcher(
@@ -200,36 +214,37 @@ def train_matcher(
     which words are wrong.
     """
     torch.manual_seed(recipe.seed)
-    blip: BlipForImageTextRetrieval = new_blip(BlipForImageTextRetrieval, tokenizer, MATCHER_SIDE)  # type: ignore[assignment]
-    frames, heads = Frames(corpus, MATCHER_SIDE), Heads(WIDTH, corpus.scenes)
+    blip: BlipForImageTextRetrieval = new_blip(BlipForImageTextRetrieval, tokenizer, SIDE)  # type: ignore[assignment]
+    frames, heads = Frames(corpus, SIDE), Heads(WIDTH, corpus.scenes)
     reader, words = nn.Linear(WIDTH, 2), Words(tokenizer)
     model = nn.ModuleDict({"blip": blip, "heads": heads, "reader": reader})
     temperature = nn.Parameter(torch.tensor(0.07).log())
     model.register_parameter("temperature", temperature)
+    hard = np.array([len(scene.figures) == 2 or scene.camera == "full figure" for scene in corpus.scenes])
+    share = np.where(hard, HARD, 1) / np.where(hard, HARD, 1).sum()
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         count = recipe.batch_size
-        chosen, lines = rng.integers(len(corpus), size=count), rng.random(count) < 0.3
+        chosen, lines = rng.choice(len(corpus), size=count, p=share), rng.random(count) < 0.3
         embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
         seen = heads(embedded[:, 0], chosen, lines)
-        if step < ALONE * recipe.steps:
+        if step < ALONE["matcher"] * recipe.steps:
             return {"loss": seen, "heads": seen}
         pairs = [pair_of_texts(corpus.scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
         true, false = zip(*pairs, strict=True)
         strange = true[1:3] + true[:1]  # a few texts of other pictures
-        single = [i for i in range(count) if len(corpus.scenes[chosen[i]].figures) == 1]
-        told = [scrambled(corpus.scenes[chosen[i]], rng, line=bool(lines[i])) for i in single]
-        texts = [caption_of(scene, rng, line=bool(lines[i])) for scene, i in zip(told, single, strict=True)]
+        told = [scrambled(corpus.scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
+        texts = [caption_of(scene, rng, line=bool(line)) for scene, line in zip(told, lines, strict=True)]
         tokens = tokenizer([*true, *false, *strange, *texts], padding=True, return_tensors="pt")
         judged = len(true) + len(false) + len(strange)
-        place = torch.tensor([*range(count), *range(count), *range(len(strange)), *single])
+        place = torch.tensor([*range(count), *range(count), *range(len(strange)), *range(count)])
         states = blip.text_encoder(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=embedded[place]
         ).last_hidden_state
         match = F.cross_entropy(blip.itm_head(states[:judged, 0]), (torch.arange(judged) < count).long())
         labels = [
-            words.labels(ids, scene, corpus.scenes[chosen[i]])
-            for ids, scene, i in zip(tokens.input_ids[judged:], told, single, strict=True)
+            words.labels(ids, scene, corpus.scenes[i])
+            for ids, scene, i in zip(tokens.input_ids[judged:], told, chosen, strict=True)
         ]
         wrong = F.cross_entropy(reader(states[judged:]).flatten(0, 1), torch.cat(labels))
         alone = blip.text_encoder(

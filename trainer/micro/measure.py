@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from factory.caption import Captioner
+from factory.toon.traits import Scene
 from trainer.micro import blip
 from trainer.micro.attributes import JUDGED, VALUES, named, value_of
 from trainer.micro.clip import normalised
@@ -155,7 +156,7 @@ def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) 
         told = [corpus.scenes[i] for i in chosen]
         others = [blip.changed(scene, rng, line=lines, any_combination=True) for scene in told]
         for one, other in zip(told, others, strict=True):
-            changes += [name for name in VALUES if value_of(one, name) != value_of(other, name)]
+            changes.append(next(name for name in VALUES if _values(one, name) != _values(other, name)))
         pixels = frames.read(chosen, np.full(len(chosen), lines))
         texts = [[caption_of(scene, rng, line=lines) for scene in scenes] for scenes in (told, others)]
         for i, seen in enumerate((pixels, normalised(torch.ones_like(pixels)))):
@@ -169,6 +170,10 @@ def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) 
             found[name] = _areas(true, false, np.array(changes), framing == name)
     found["all"] = _areas(true, false, np.array(changes), framing != "")
     return found | {"no picture": _areas(blank_true, blank_false, np.array(changes), framing == "bust")}
+
+
+def _values(scene: Scene, name: str) -> list[str]:
+    return [value_of(scene, name, figure) for figure in range(len(scene.figures))]
 
 
 def _areas(true: Tensor, false: Tensor, changes: np.ndarray, group: np.ndarray) -> dict[str, float]:
