@@ -176,7 +176,7 @@ def training(run: Path) -> dict[str, Any] | None:
     numbers: dict[str, str] = {}
     if aligned:
         numbers["alignment steps"] = f"{aligned[-1][0]:,}"
-        numbers["text's part not yet brought through"] = f"{_mean(aligned[-10:]):.1%}"
+        numbers["alignment loss, last ten"] = f"{_mean(aligned[-10:]):.3f}"
     numbers["training steps"] = f"{train[-1][0]:,}"
     numbers["noise loss, mean"] = f"{_mean(train):.4f}"
     if validation:
@@ -206,7 +206,7 @@ def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
         panels = figure.subplots(1, 2 if aligned else 1, squeeze=False)[0]
         if aligned:
             _losses(panels[0], aligned, "alignment")
-            panels[0].set(xlabel="alignment step", ylabel="of the text's part, missing", yscale="log")
+            panels[0].set(xlabel="alignment step", ylabel="alignment loss", yscale="log")
         _losses(panels[-1], train, "training")
         panels[-1].set(xlabel="training step", ylabel="noise loss (MSE)")
         if validation:
