@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ from factory import schema
 from factory.__main__ import main as factory_main
 from trainer import data
 from trainer.config import DataConfig
-from trainer.data import Samples, batch_indices, draw, sample_text, share, square_pixels
+from trainer.data import Sample, Samples, batch_indices, draw, flipped, sample_text, share, square_pixels
 
 
 def sketch(seed: int, width: int = 96, height: int = 72) -> np.ndarray:
@@ -94,6 +95,25 @@ def test_drops_happen_at_their_rates():
     assert min(times) >= 0
     assert max(times) <= 999
     assert abs(np.mean(times) - 499.5) < 20
+
+
+def test_half_of_the_samples_are_flipped_if_asked_and_nothing_else_changes():
+    plain = [draw(0, step, 0, (1, 1, 1), DataConfig()) for step in range(400)]
+    draws = [draw(0, step, 0, (1, 1, 1), DataConfig(random_flip=True)) for step in range(400)]
+    assert not any(d.flip for d in plain)
+    assert 160 < sum(d.flip for d in draws) < 240
+    assert all(
+        a.timestep == b.timestep and torch.equal(a.noise_4hw, b.noise_4hw) for a, b in zip(plain, draws, strict=True)
+    )
+    row = np.arange(24, dtype=np.uint8).reshape(1, 8, 3)
+    sample = Sample(
+        frame_id="f", text="a girl", target=square_pixels(Image.fromarray(row), 8), reference=Image.fromarray(row)
+    )
+    left, right = flipped([sample, sample], [plain[0], replace(plain[0], flip=True)])
+    assert left is sample
+    assert torch.equal(right.target, sample.target.flip(-1))
+    assert np.array_equal(np.asarray(right.reference), row[:, ::-1])
+    assert right.text == sample.text
 
 
 def test_drop_rates_that_sum_above_one_are_refused():

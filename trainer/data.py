@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import lance
 import numpy as np
@@ -47,6 +47,7 @@ class Draw:
     timestep: int  # 0..999
     posterior_4hw: Tensor  # standard normal, for the VAE's sample
     noise_4hw: Tensor  # standard normal, what the UNet shall predict
+    flip: bool = False  # whether target and reference are mirrored
 
 
 class Samples:
@@ -175,7 +176,16 @@ def draw(seed: int, step: int, place: int, latent: tuple[int, int, int], config:
         timestep=int(torch.randint(0, 1000, (), generator=generator)),
         posterior_4hw=torch.randn(latent, generator=generator),
         noise_4hw=torch.randn(latent, generator=generator),
+        flip=config.random_flip and torch.rand((), generator=generator).item() < 0.5,
     )
+
+
+def flipped(samples: Sequence[Sample], draws: Sequence[Draw]) -> list[Sample]:
+    """Return the samples, those whose draw says so with target and reference mirrored; texts stay."""
+    return [
+        replace(s, target=s.target.flip(-1), reference=ImageOps.mirror(s.reference)) if d.flip else s
+        for s, d in zip(samples, draws, strict=True)
+    ]
 
 
 def generator_of(*key: object) -> torch.Generator:

@@ -228,7 +228,7 @@ _SETTINGS = (  # what the trained weights depend on
     "gradient_accumulation_steps",
     "mixed_precision",
 )
-_DATA_SETTINGS = ("resolution", "reference", "image_drop_rate", "text_drop_rate", "both_drop_rate")
+_DATA_SETTINGS = ("resolution", "reference", "image_drop_rate", "text_drop_rate", "both_drop_rate", "random_flip")
 
 
 def _adapter_hash(name_or_path: str) -> str:

@@ -24,7 +24,7 @@ from trainer.adapter import Adapter, AdapterConfig
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import load_backbone
 from trainer.config import TrainerConfig
-from trainer.data import Draw, Sample, Samples, batch_indices, draw, generator_of, share
+from trainer.data import Draw, Sample, Samples, batch_indices, draw, flipped, generator_of, share
 from trainer.loss import add_noise, noise_loss
 from trainer.run import Run
 
@@ -90,8 +90,8 @@ class Worker:
         """Take optimizer step `step` (from 0) on its global batch and return the mean loss over it."""
         size, accumulate = self.config.train_batch_size, self.config.gradient_accumulation_steps
         places = share(size, self.rank, self.world_size)
-        samples = self._read(step, places)
         draws = [draw(self.config.seed, step, place, self.latent, self.config.data) for place in places]
+        samples = flipped(self._read(step, places), draws)
         part = len(places) // accumulate
         total = torch.zeros((), device=self.device)
         for start in range(0, len(places), part):
@@ -176,11 +176,13 @@ class Worker:
         def noisy(step: int) -> None:  # the same on every rank
             indices = batch_indices(self.config.seed, step, size, len(self.samples))[:RECORDED]
             draws = [dataclasses.replace(d, timestep=TIMESTEPS[step]) for d in drawn(step, range(len(indices)))]
-            noisy, timesteps, text, _, _ = self._encode(self.samples.read(indices), draws)
+            samples = flipped(self.samples.read(indices), draws)
+            noisy, timesteps, text, _, _ = self._encode(samples, draws)
             adapter.denoise(self.base.unet, noisy, timesteps, text, text[:, :0], 0.0)
 
         def batch(step: int) -> tuple[Tensor, Tensor]:
-            return self._told(self._read(step, places), drawn(step, places))
+            draws = drawn(step, places)
+            return self._told(flipped(self._read(step, places), draws), draws)
 
         def progress(losses: list[float]) -> float:
             step, every = len(losses), self.config.logging_steps
