@@ -186,7 +186,7 @@ def test_the_matcher_sees_one_changed_attribute(corpus: Corpus) -> None:
     matcher = BlipForImageTextRetrieval.from_pretrained(TRAINER / "judge/matcher", local_files_only=True)
     tokenizer = BlipProcessor.from_pretrained(TRAINER / "judge/matcher", local_files_only=True).tokenizer
     found = measure.matcher(matcher.eval(), tokenizer, corpus)
-    assert found["bust"]["any"] >= 0.95, found
+    assert found["bust"]["any"] >= 0.98, found
     assert found["no picture"]["any"] < 0.75, found  # what the texts alone give away
 
 
@@ -219,3 +219,16 @@ def test_tiles_of_the_sketch_network_leave_no_seam(tile: int) -> None:
     naive = run_tiles(image, converter, size=(270, 480), tile=tile)
     converter.halo = halo
     assert np.abs(whole.astype(int) - naive.astype(int)).max() > 20  # what the halo is for
+
+
+def test_the_numbers_in_the_docs_are_those_on_the_cards() -> None:
+    cards = [card.read_text() for root in (FACTORY, TRAINER) for card in root.rglob("README.md")]
+    held = {float(number) for text in cards for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-\d+)?", text)}
+    docs = (Path(__file__).parents[1] / "docs/micro.md").read_text()
+    rows = [line for line in docs.splitlines() if line.startswith("| ")]
+    told = [cell for line in rows for cell in re.findall(r"(?<![\w.])(\d+(?:\.\d+)?) %|(?<![\w.])([01]\.\d{3}) ", line)]
+    assert len(told) > 200
+    for percent, share in told:
+        places = len((percent or share).partition(".")[2])
+        scale = 100 if percent else 1
+        assert any(round(scale * x, places) == float(percent or share) for x in held), (percent, share)
