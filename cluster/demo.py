@@ -36,7 +36,7 @@ from cluster.local import (
 from cluster.report import write_report
 from factory.store import StoreError
 
-NEEDS_BYTES = 3 * 10**9  # footage, tables, base and checkpoints take about 1 GB; Ray stops working on a full disk
+NEEDS_BYTES = 3 * 10**9  # footage, tables and checkpoints take a quarter of one; Ray stops working on a full disk
 SERVE_TIMEOUT_S = 240
 
 
