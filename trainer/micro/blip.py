@@ -21,10 +21,10 @@ from trainer.micro.training import Recipe, train
 WIDTH = 128
 SIDE = 128  # pixels of their pictures: the faces of small figures need them
 GRID = 8  # patches along a side
-CAPTIONER = Recipe(steps=14000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
+CAPTIONER = Recipe(steps=16000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
 MATCHER = Recipe(steps=12000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=3)
-ALONE = {"captioner": 0.6, "matcher": 0.4}  # share of the steps, at the beginning, for the image tower alone
-HARD = 2  # times as often as its share the matcher sees a full figure or a pair
+ALONE = {"captioner": 0.5, "matcher": 0.4}  # share of the steps, at the beginning, for the image tower alone
+HARD = 2  # times as often as its share a full figure or a pair is seen
 HEADS = 3.0  # weight of its read-outs after that
 
 
@@ -90,6 +90,13 @@ class Frames:
         return normalised(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1)
 
 
+def _shares(corpus: Corpus) -> np.ndarray:
+    """Return for each picture (N,) the share of the draws that it gets."""
+    hard = np.array([len(scene.figures) == 2 or scene.camera == "full figure" for scene in corpus.scenes])
+    weights = np.where(hard, HARD, 1)
+    return weights / weights.sum()
+
+
 def train_captioner(
     corpus: Corpus, tokenizer: BertTokenizer, folder: Path, recipe: Recipe = CAPTIONER
 ) -> BlipForConditionalGeneration:
@@ -97,9 +104,10 @@ def train_captioner(
     torch.manual_seed(recipe.seed)
     blip: BlipForConditionalGeneration = new_blip(BlipForConditionalGeneration, tokenizer, SIDE)  # type: ignore[assignment]
     frames, model = Frames(corpus, SIDE), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, corpus.scenes)})
+    shares = _shares(corpus)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        chosen = rng.integers(len(corpus), size=recipe.batch_size)
+        chosen = rng.choice(len(corpus), size=recipe.batch_size, p=shares)
         lines = np.zeros(len(chosen), bool)
         embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
         told = model["heads"](embedded[:, 0], chosen, lines)
@@ -136,12 +144,11 @@ def train_matcher(
     model = nn.ModuleDict({"blip": blip, "heads": heads, "reader": reader})
     temperature = nn.Parameter(torch.tensor(0.07).log())
     model.register_parameter("temperature", temperature)
-    hard = np.array([len(scene.figures) == 2 or scene.camera == "full figure" for scene in corpus.scenes])
-    share = np.where(hard, HARD, 1) / np.where(hard, HARD, 1).sum()
+    shares = _shares(corpus)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         count = recipe.batch_size
-        chosen, lines = rng.choice(len(corpus), size=count, p=share), rng.random(count) < 0.3
+        chosen, lines = rng.choice(len(corpus), size=count, p=shares), rng.random(count) < 0.3
         embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
         seen = heads(embedded[:, 0], chosen, lines)
         if step < ALONE["matcher"] * recipe.steps:
