@@ -79,9 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from factory import status, video
+    from factory import status
     from factory.files import write_atomic
     from factory.settings import absolute, load
+    from factory.sources import find_sources
     from factory.store import Store
 
     store = Store(absolute(args.root, "--root"))
@@ -100,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
     config = load(config, args.config, args.set)
     paths = []
     if args.verb == "build":
-        paths = video.find_sources([absolute(source, "SOURCES") for source in args.sources])
+        paths = find_sources([absolute(source, "SOURCES") for source in args.sources])
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
     with ray_session(), store.lock():

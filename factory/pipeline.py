@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
-from factory import quality, schema, tasks, video
+from factory import quality, schema, tasks
 from factory.config import FactoryConfig
+from factory.sources import FACTS, segments_of
 from factory.stage import Progress, Row, run, run_tasks, update
 from factory.store import Committer, NotFinished, Store, check_keys
 
@@ -38,7 +39,7 @@ def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
     _refuse_other_settings(store, config)
     known = store.table("sources").to_table().to_pylist()
     open_sources = [row for row in known if row["source_id"] in built or row["status"] == "pending"]
-    segments = [segment for row in open_sources for segment in video.segments_of(row)]
+    segments = [segment for row in open_sources for segment in segments_of(row)]
     missing = [asdict(segment) for segment in segments if segment.segment_id not in committer.done]
     failures = run("decode", "segments", tasks.DecodeSegment(store, config), missing, committer, config)
     close_sources(store, committer.done, {failure["source_id"]: failure["error"] for failure in failures})
@@ -63,7 +64,7 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     new = [found[key] for key in sorted(found.keys() - known.keys())]
     if new:
         committer.add(store.write_unit("sources", tasks.unit("sources", [row["source_id"] for row in new]), new))
-    columns = ("uri", "collection", "error", *video.FACTS)
+    columns = ("uri", "collection", "error", *FACTS)
     changed = []
     for key in sorted(found.keys() & known.keys()):
         old, now = known[key], found[key]
@@ -93,7 +94,7 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
         failed = [row for row in by_source[key] if row["status"] == "failed"]
         reasons = [f"after {row['timestamp']:.2f} s, {row['reason']}" for row in failed]
         reasons += [errors[key]] if key in errors else []
-        missing = any(segment.segment_id not in done for segment in video.segments_of(source))
+        missing = any(segment.segment_id not in done for segment in segments_of(source))
         facts = {
             "status": ("partial" if good else "failed") if reasons else "pending" if missing else "ok",
             "error": reasons[0] if reasons else None,

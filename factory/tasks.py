@@ -13,9 +13,11 @@ import cv2
 import numpy as np
 
 from factory import caption as captions
-from factory import schema, video, worker
+from factory import schema, worker
 from factory.config import FactoryConfig
+from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
+from factory.sources import describe_source
 from factory.split import split_of
 from factory.store import DamagedData, Store
 from factory.video import Segment
@@ -31,7 +33,7 @@ class DescribeSource:
         self._config = config
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"json": json.dumps(video.describe_source(row["uri"], self._config.video))}
+        return {"json": json.dumps(describe_source(row["uri"], self._config.video))}
 
 
 class DecodeSegment:
@@ -64,7 +66,7 @@ class DecodeSegment:
 
     def _decode(self, segment: Segment, deadline: float, rows: list[dict[str, Any]], decoder: str) -> str:
         """Append the segment's candidates to `rows`; return why it can't be read to its end, or nothing."""
-        frames = ("factory.video:candidate_frames", segment, self._config.video, decoder)
+        frames = ("factory.candidates:candidate_frames", segment, self._config.video, decoder)
         try:
             for candidate in worker.run_killable(*frames, deadline_seconds=deadline):
                 rows.append(candidate | {"decode_fingerprint": self._fingerprint})
@@ -174,7 +176,7 @@ def _pictures(store: Store, task: dict[str, Any]) -> Iterator[tuple[dict[str, An
     for address, sample in zip(addresses, samples, strict=True):
         data = store.read_pictures("samples", "image", [address])[0]
         _check(data, sample["image_sha256"], f"image of sample {sample['frame_id']}")
-        yield sample, video.decode_image(data or b"")
+        yield sample, decode_image(data or b"")
 
 
 def _check(data: bytes | None, sha256: str, what: str) -> None:
@@ -200,4 +202,4 @@ def _thumbnail(image: np.ndarray, lines: np.ndarray) -> bytes:
         return cv2.resize(picture, (width, _THUMBNAIL_HEIGHT), interpolation=cv2.INTER_AREA)
 
     pair = cv2.hconcat([at_height(image), cv2.cvtColor(at_height(lines), cv2.COLOR_GRAY2RGB)])
-    return video.encode_jpeg(pair, 88)
+    return encode_jpeg(pair, 88)

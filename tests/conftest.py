@@ -53,13 +53,14 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_dataset(ray_session: str, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset root that the whole factory built from `films`; toon-01.mp4 is held out. Read only."""
-    from factory import pipeline, settings, video
+    from factory import pipeline, settings
     from factory.config import micro
+    from factory.sources import find_sources
     from factory.store import Store
 
     root = tmp_path_factory.mktemp("dataset") / "root"
     config = settings.load(micro(), None, ["split.holdout=[toon-01.mp4]", "split.validation_share=0"])
-    pipeline.build(Store(str(root)), video.find_sources([str(films)]), config)
+    pipeline.build(Store(str(root)), find_sources([str(films)]), config)
     return root
 
 

@@ -14,7 +14,11 @@ import av
 import numpy as np
 import pytest
 
-from factory import video, worker
+from factory import worker
+from factory.candidates import candidate_frames
+from factory.decode import decode
+from factory.picture import decode_image
+from factory.sources import describe_source, find_sources, segments_of
 from factory.video import Segment, VideoConfig
 
 
@@ -50,9 +54,9 @@ def patterns(count: int, frames_each: int, size: tuple[int, int] = (320, 180)) -
 
 def candidates(path: Path, config: VideoConfig | None = None) -> list[dict]:
     config = config or VideoConfig()
-    source = video.describe_source(str(path), config)
+    source = describe_source(str(path), config)
     assert source["status"] == "pending", source
-    return [row for segment in video.segments_of(source) for row in video.candidate_frames(segment, config)]
+    return [row for segment in segments_of(source) for row in candidate_frames(segment, config)]
 
 
 def test_every_cut_of_drawn_films_is_found(films: Path) -> None:
@@ -88,7 +92,7 @@ def test_time_comes_from_the_stream_when_the_frame_rate_varies(tmp_path: Path) -
     for row in rows:
         assert row["timestamp"] == pytest.approx((times[row["frame_index"]] - 500) / 1000, abs=0.002)
         assert row["frame_id"].endswith(f"-{round(row['timestamp'] * 1e6):012d}")
-    assert video.describe_source(str(path), VideoConfig())["start_time"] == pytest.approx(0.5)
+    assert describe_source(str(path), VideoConfig())["start_time"] == pytest.approx(0.5)
 
 
 def test_black_parts_shots_and_is_never_chosen(tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_the_sharpest_frame_of_a_shot_is_chosen(tmp_path: Path) -> None:
     frames = [frame if i == 15 else cv2.GaussianBlur(frame, (0, 0), 4) for i, frame in enumerate(frames)]
     (row,) = candidates(write_film(tmp_path / "f.mp4", frames, gop=1))
     assert row["frame_index"] == 15
-    image = video.decode_image(row["image"])
+    image = decode_image(row["image"])
     assert np.abs(image.astype(int) - frames[15].astype(int)).mean() < 6
 
 
@@ -126,14 +130,14 @@ def test_the_sharpest_frame_of_a_shot_is_chosen(tmp_path: Path) -> None:
 def test_what_is_no_film_is_a_failed_row(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    row = video.describe_source(str(path), VideoConfig())
+    row = describe_source(str(path), VideoConfig())
     assert row["status"] == "failed"
     assert message in row["error"]
     assert len(row["source_id"]) == 64
 
 
 def test_mpeg_ts_is_refused_since_the_decoder_misplaces_its_frames(tmp_path: Path) -> None:
-    row = video.describe_source(str(write_film(tmp_path / "f.ts", patterns(3, 24))), VideoConfig())
+    row = describe_source(str(write_film(tmp_path / "f.ts", patterns(3, 24))), VideoConfig())
     assert row["status"] == "failed"
     assert "MPEG-TS" in row["error"]
     assert "ffmpeg" in row["error"]
@@ -145,15 +149,15 @@ def test_every_container_gives_the_frame_that_is_shown_at_the_time(tmp_path: Pat
     texture = np.random.default_rng(0).integers(0, 60, (180, 320, 3))
     frames = [np.clip(texture + 3 * i, 0, 255).astype(np.uint8) for i in range(60)]
     path = write_film(tmp_path / name, frames)
-    source = video.describe_source(str(path), VideoConfig())
-    segment = replace(video.segments_of(source)[0], start=1.0)
-    for _, timestamp, _, image in video._decode(segment, VideoConfig(overlap_seconds=0.2)):
+    source = describe_source(str(path), VideoConfig())
+    segment = replace(segments_of(source)[0], start=1.0)
+    for _, timestamp, _, image in decode(segment, VideoConfig(overlap_seconds=0.2)):
         expected = frames[round(timestamp * 24)].mean()
         assert abs(image.mean() - expected) < 2.0, (timestamp, image.mean(), expected)
 
 
 def test_an_unreadable_file_keeps_an_identity(tmp_path: Path) -> None:
-    row = video.describe_source(str(tmp_path / "gone.mp4"), VideoConfig())
+    row = describe_source(str(tmp_path / "gone.mp4"), VideoConfig())
     assert (row["status"], "cannot be read" in row["error"]) == ("failed", True)
 
 
@@ -161,10 +165,10 @@ def test_a_film_that_breaks_midway_fails_in_bounded_time(tmp_path: Path) -> None
     path = write_film(tmp_path / "f.mp4", patterns(6, 24), movflags="faststart")
     size = path.stat().st_size
     os.truncate(path, size // 2)
-    source = video.describe_source(str(path), VideoConfig())
-    (segment,) = video.segments_of(source)
+    source = describe_source(str(path), VideoConfig())
+    (segment,) = segments_of(source)
     start = time.monotonic()
-    rows, error = _run("factory.video:candidate_frames", segment, VideoConfig(), deadline_seconds=20)
+    rows, error = _run("factory.candidates:candidate_frames", segment, VideoConfig(), deadline_seconds=20)
     assert error
     assert time.monotonic() - start < 25
     assert all(row["image"] for row in rows)
@@ -174,8 +178,10 @@ def test_all_that_lies_before_the_damage_is_given_each_time(tmp_path: Path) -> N
     path = write_film(tmp_path / "f.mp4", patterns(6, 24), movflags="faststart")
     whole = candidates(path)
     os.truncate(path, path.stat().st_size * 2 // 3)
-    (segment,) = video.segments_of(video.describe_source(str(path), VideoConfig()))
-    found = [_run("factory.video:candidate_frames", segment, VideoConfig(), "av", deadline_seconds=60) for _ in "ab"]
+    (segment,) = segments_of(describe_source(str(path), VideoConfig()))
+    found = [
+        _run("factory.candidates:candidate_frames", segment, VideoConfig(), "av", deadline_seconds=60) for _ in "ab"
+    ]
     assert found[0] == found[1]
     rows, error = found[0]
     assert "Invalid data" in error
@@ -197,15 +203,15 @@ def test_both_decoders_give_the_same_rows(films: Path, tmp_path: Path) -> None:
     turn(write_film(tmp_path / "t.mp4", patterns(4, 20)), turned)
     for path in (next(films.glob("*.mp4")), shifted, turned):
         config = VideoConfig(segment_seconds=1)
-        segments = video.segments_of(video.describe_source(str(path), config))
+        segments = segments_of(describe_source(str(path), config))
         assert len(segments) > 1
         for segment in segments:
-            rows, others = (list(video.candidate_frames(segment, config, name)) for name in ("decord", "av"))
+            rows, others = (list(candidate_frames(segment, config, name)) for name in ("decord", "av"))
             assert [row["shot"] for row in rows] == [row["shot"] for row in others]
             for row, other in zip(rows, others, strict=True):
                 assert row["frame_id"] == other["frame_id"]
                 assert path != turned or row["width"] < row["height"]
-                images = [video.decode_image(one["image"]).astype(int) for one in (row, other)]
+                images = [decode_image(one["image"]).astype(int) for one in (row, other)]
                 assert np.abs(images[0] - images[1]).mean() < 2
 
 
@@ -255,11 +261,11 @@ def test_find_sources(tmp_path: Path) -> None:
     for name in ("a.mp4", "b/c.MKV", "b/notes.txt", "-x ;$(y)'.webm"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    names = [os.path.relpath(p, tmp_path) for p in video.find_sources([str(tmp_path)])]
+    names = [os.path.relpath(p, tmp_path) for p in find_sources([str(tmp_path)])]
     assert names == ["-x ;$(y)'.webm", "a.mp4", "b/c.MKV"]
-    assert len(video.find_sources([str(tmp_path / "*.mp4"), str(tmp_path / "a.mp4")])) == 1
+    assert len(find_sources([str(tmp_path / "*.mp4"), str(tmp_path / "a.mp4")])) == 1
     with pytest.raises(FileNotFoundError, match="No video at"):
-        video.find_sources([str(tmp_path / "*.avi")])
+        find_sources([str(tmp_path / "*.avi")])
 
 
 def test_settings_are_checked() -> None:

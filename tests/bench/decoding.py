@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from factory import video
+from factory.candidates import candidate_frames
+from factory.sources import describe_source, segments_of
 from factory.toon import plan_clip, write_clip
 from factory.video import VideoConfig
 from tests.bench.harness import Comparison, compare
@@ -16,12 +17,12 @@ def decoding(folder: Path) -> list[Comparison]:
 
     film = write_clip(folder / "bench.mp4", plan_clip(7, shots=6, size=(1280, 720)))
     config = VideoConfig()
-    source = video.describe_source(str(film), config)
+    source = describe_source(str(film), config)
     frames = len(decord.VideoReader(str(film), num_threads=1))
 
     def ours() -> int:
-        for segment in video.segments_of(source):
-            for _ in video.candidate_frames(segment, config):
+        for segment in segments_of(source):
+            for _ in candidate_frames(segment, config):
                 pass
         return frames
 
