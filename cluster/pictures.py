@@ -23,8 +23,8 @@ from trainer.base import GUIDANCE
 STEPS = 50  # DDIM, the paper's number
 SCALE = 0.5  # the paper's alpha
 REQUEST_TIMEOUT_S = 900
-# In captions: faces that are large enough for a picture of 64 px, and light that shows them.
-NEAR, DIM = ("close-up", "bust", "head and shoulders"), ("dark", "dim")
+# In captions: a face that is large enough for a picture of 64 px, and what makes it hard to see in one.
+NEAR, HARD = ("close-up", "bust", "head and shoulders"), ("dark", "dim", " beside ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def requests_for(root: Path, count: int = 4) -> list[Request]:
 
 def _shows_a_face(row: dict[str, Any]) -> bool:
     caption = row["caption"] or ""
-    return any(word in caption for word in NEAR) and not any(word in caption for word in DIM)
+    return any(word in caption for word in NEAR) and not any(word in caption for word in HARD)
 
 
 def _unlike(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

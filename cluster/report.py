@@ -173,17 +173,15 @@ def training(run: Path) -> dict[str, Any] | None:
     speeds = [row["samples_per_second"] for row in rows if row.get("samples_per_second")]
     if not train:
         return None
-    tenth = max(len(train) // 10, 1)
     numbers: dict[str, str] = {}
     if aligned:
         numbers["alignment steps"] = f"{aligned[-1][0]:,}"
-        numbers["text's part not yet brought through"] = f"{_mean(aligned[-10:]):.1%}"
+        numbers["alignment loss, last ten"] = f"{_mean(aligned[-10:]):.3f}"
     numbers["training steps"] = f"{train[-1][0]:,}"
-    numbers["noise loss, first tenth"] = f"{_mean(train[:tenth]):.4f}"
-    numbers["noise loss, last tenth"] = f"{_mean(train[-tenth:]):.4f}"
+    numbers["noise loss, mean"] = f"{_mean(train):.4f}"
     if validation:
-        numbers["validation loss, first"] = f"{validation[0][1]:.4f}"
-        numbers["validation loss, last"] = f"{validation[-1][1]:.4f}"
+        numbers["held out, first"] = f"{validation[0][1]:.4f}"
+        numbers["held out, last"] = f"{validation[-1][1]:.4f}"
     if speeds:
         numbers["samples per second"] = f"{sorted(speeds)[len(speeds) // 2]:.1f}"
     return {"numbers": numbers, "curve": loss_curves(aligned, train, validation), "aligned": bool(aligned)}
@@ -208,7 +206,7 @@ def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
         panels = figure.subplots(1, 2 if aligned else 1, squeeze=False)[0]
         if aligned:
             _losses(panels[0], aligned, "alignment")
-            panels[0].set(xlabel="alignment step", ylabel="of the text's part, share missing", ylim=(0, None))
+            panels[0].set(xlabel="alignment step", ylabel="alignment loss", yscale="log")
         _losses(panels[-1], train, "training")
         panels[-1].set(xlabel="training step", ylabel="noise loss (MSE)")
         if validation:
@@ -218,7 +216,7 @@ def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines[["left", "bottom"]].set_color(_LINE)
             axes.grid(axis="y", color=_LINE, linewidth=0.5)
-            axes.tick_params(color=_LINE, labelcolor=_FAINT, length=3)
+            axes.tick_params(which="both", color=_LINE, labelcolor=_FAINT, length=3)
             axes.xaxis.label.set_color(_FAINT)
             axes.yaxis.label.set_color(_FAINT)
             axes.legend(frameon=False, loc="upper right", ncols=3, labelcolor=_FAINT).set_in_layout(False)

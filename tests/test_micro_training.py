@@ -18,9 +18,10 @@ from factory.caption import spoken
 from factory.files import check_sealed, locked
 from trainer.__main__ import main
 from trainer.base import WEIGHTS
-from trainer.micro import blip, card, exam, publish, stages, text, training
+from trainer.micro import card, exam, publish, stages, text, training
 from trainer.micro.attributes import COLOURS, VALUES, labels, named, value_of
 from trainer.micro.corpus import Corpus, draw_corpus, is_held_out, random_scene
+from trainer.micro.falsehoods import Words, changed, scrambled
 from trainer.micro.pictures import Pictures
 
 COUNT = 40
@@ -77,6 +78,7 @@ def test_a_caption_names_its_scene_and_can_be_read_back() -> None:
             true.pop("clothes")
         assert said == true
     assert named("a girl") == {"accessory": "none", "lighting": "day"}
+    assert "eyes" not in named("a girl with red eyes and blue eyes")
 
 
 def test_one_attribute_is_changed_and_only_one_that_lines_show() -> None:
@@ -84,7 +86,7 @@ def test_one_attribute_is_changed_and_only_one_that_lines_show() -> None:
     for line in (False, True):
         for _ in range(100):
             scene = random_scene(draws)
-            other = blip.changed(scene, rng, line=line)
+            other = changed(scene, rng, line=line)
             places = range(len(scene.figures))
             (name,) = {n for n in VALUES for i in places if value_of(scene, n, i) != value_of(other, n, i)}
             assert not (line and name in COLOURS)
@@ -94,10 +96,10 @@ def test_one_attribute_is_changed_and_only_one_that_lines_show() -> None:
 
 def test_the_words_that_a_picture_does_not_show_are_marked(tmp_path: Path) -> None:
     tokenizer = text.bert_tokenizer(text.captions([random_scene(random.Random(i)) for i in range(200)], 400), tmp_path)
-    words, rng, marked = blip.Words(tokenizer), np.random.default_rng(0), 0
+    words, rng, marked = Words(tokenizer), np.random.default_rng(0), 0
     for i in range(30):
         true = random_scene(random.Random(i), judged=True)
-        told = blip.scrambled(true, rng)
+        told = scrambled(true, rng)
         ids = torch.tensor(tokenizer(text.caption_of(told, rng)).input_ids)
         assert 1 not in words.labels(ids, true, true)
         marks = words.labels(ids, told, true)
@@ -218,6 +220,8 @@ def test_the_exam_takes_the_shipped_models_and_the_card_tells_it(
     told = card.card(shop, WEIGHTS / "micro", "micro")
     assert all(f"### {name}" in told for name in ("base", "held-out", "framings", "adapter", "step"))
     assert "| chance | 0.125 |" in told
+    assert "| colour, bust |" in card.card(shop, WEIGHTS / "judge/probe", "probe")
+    assert results["adapter"]["seed 1"]["steps"]["noise"] >= 1
     results["base"]["judge"] = "another"
     (shop.folder / "exam/measures.json").write_text(json.dumps(results))
     assert "### base" not in card.card(shop, WEIGHTS / "micro", "micro")  # judged by another probe

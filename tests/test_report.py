@@ -49,6 +49,7 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
     assert "adapter: keywords, sketch" in page
     assert "0.0625" in page
     assert "alignment step<" in page
+    assert f"<dd>{sum(0.9 / i for i in range(21, 31)) / 10:.3f}</dd>" in page
     assert "training step<" in page
     assert "<svg" in page
     assert "1 min 01 s" in page

@@ -65,7 +65,8 @@ def alignment_loss(
     image_BTC: Tensor,
 ) -> Tensor:
     """Return the mean over the layers of the image branch's squared distance from the text's part, a scalar in units of
-    that part's variance: 1 where the branch adds nothing, 0 where it does what the text does."""
+    that part's variance: 1 where the branch adds nothing, 0 where it does what the text does. Much of that part is the
+    same for all texts: on the micro base, a branch that adds it whatever the picture comes to 0.65."""
     losses = []
     for key, layer in cross_attention(unet).items():
         query_1MH = queries[key][torch.randint(len(queries[key]), (QUERIES,))][None].to(text_BTC)

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, N image patches + CLS, E vision width, C text width, H and W pixels, h and w latents.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers types its configs as dict and its outputs as tuples)
 from __future__ import annotations
 
 import functools

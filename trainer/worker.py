@@ -3,8 +3,6 @@
 Imported in Ray Train workers only, after Ray has set DS_ACCELERATOR: DeepSpeed picks its device at import.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers types its configs as dict and its outputs as tuples)
 from __future__ import annotations
 
 import contextlib

@@ -1,7 +1,5 @@
 """An adapter trained for a few minutes on the corpus, and what its references then bring through."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 import functools

@@ -35,21 +35,24 @@ def labels(scene: Scene) -> list[int]:
 def named(caption: str) -> dict[str, str]:
     """Return the attributes that a caption of one figure names, by the words of `factory.toon`; absent: not named.
 
-    No accessory named is "none", no light is "day".
+    No accessory named is "none", no light is "day". Of an attribute with two values named, none is.
     """
     text = caption.lower().replace("an azure", "a azure")
-    found: dict[str, str] = {}
+    found: dict[str, set[str]] = {name: set() for name in VALUES}
     for style, forms in traits.WORDS["hair_style"].items():
         for hair, words in traits.WORDS["hair"].items():
             if any(_says(text, form.format(word)) for form in forms for word in words):
-                found |= {"hair": hair, "hair_style": style}
+                found["hair"].add(hair)
+                found["hair_style"].add(style)
     for name in VALUES:
         if name in ("hair", "hair_style"):
             continue
         for value, words in traits.WORDS[name].items():
             if any(word and _says(text, word) for word in words):
-                found[name] = value
-    return {"accessory": "none", "lighting": "day"} | found
+                found[name].add(value)
+    silent = {"accessory": {"none"}, "lighting": {"day"}}
+    values = {name: said or silent.get(name, set()) for name, said in found.items()}
+    return {name: said.pop() for name, said in values.items() if len(said) == 1}
 
 
 def _says(text: str, words: str) -> bool:

@@ -1,11 +1,7 @@
 """BLIP: a captioner of frames for the factory, and a matcher of pictures and texts that only judges."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
-import dataclasses
-import re
 from pathlib import Path
 
 import cv2
@@ -15,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from factory.toon.traits import WORDS, Scene
-from trainer.micro.attributes import COLOURS, VALUES, value_of
 from trainer.micro.clip import normalised
-from trainer.micro.corpus import Corpus, is_held_out
+from trainer.micro.corpus import Corpus
+from trainer.micro.falsehoods import Words, changed, scrambled
 from trainer.micro.heads import Heads
 from trainer.micro.text import MAX_TOKENS, caption_of
 from trainer.micro.training import Recipe, train
@@ -27,14 +22,14 @@ WIDTH = 128
 SIDE = 128  # pixels of their pictures: the faces of small figures need them
 GRID = 8  # patches along a side
 CAPTIONER = Recipe(steps=14000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
-MATCHER = Recipe(steps=14000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=3)
-ALONE = {"captioner": 0.6, "matcher": 0.4}  # share of the steps, the first, for the tower alone: short ones
-HARD = 2  # how much oftener the matcher sees a full figure or a pair
+MATCHER = Recipe(steps=12000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=3)
+ALONE = {"captioner": 0.6, "matcher": 0.4}  # share of the steps, at the beginning, for the image tower alone
+HARD = 2  # times as often as its share the matcher sees a full figure or a pair
 HEADS = 3.0  # weight of its read-outs after that
 
 
 def new_blip(kind: type, tokenizer: BertTokenizer, side: int) -> nn.Module:
-    """Return a BLIP of class `kind` with new weights, for pictures of `side` pixels in 8 x 8 patches.
+    """Return a BLIP of class `kind` with new weights, for pictures of `side` pixels, cut into 8 x 8 patches.
 
     The positions of the patches begin as sines and cosines of their row and column: the tower then learns what depends
     on place, such as a hair style, in half the steps that it takes from random ones.
@@ -76,7 +71,10 @@ class Frames:
         self.corpus, self.side = corpus, side
 
     def read(self, indices: np.ndarray, lines: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """Return pixels (B,3,side,side); with `rng` they are moved by a 32nd at most, and half of them mirrored."""
+        """Return pixels (B,3,side,side); with `rng` they are moved by a 32nd at most, and half of them mirrored.
+
+        Not those of two figures: their texts name the left one first.
+        """
         pixels = []
         for i, line in zip(indices, lines, strict=True):
             picture = self.corpus.images[i] if not line else np.repeat(self.corpus.lines[i][..., None], 3, 2)
@@ -84,7 +82,8 @@ class Frames:
                 top, left = rng.integers(0, 9, size=2)
                 picture = cv2.copyMakeBorder(picture, 4, 4, 4, 4, cv2.BORDER_REFLECT_101)
                 picture = picture[top : top + len(picture) - 8, left : left + len(picture) - 8]
-                picture = picture[:, ::-1] if rng.random() < 0.5 else picture
+                mirrored = rng.random() < 0.5 and len(self.corpus.scenes[i].figures) == 1
+                picture = picture[:, ::-1] if mirrored else picture
             pixels.append(
                 cv2.resize(np.ascontiguousarray(picture), (self.side, self.side), interpolation=cv2.INTER_AREA)
             )
@@ -122,89 +121,6 @@ def train_captioner(
     return blip
 
 
-def changed(scene: Scene, rng: np.random.Generator, *, line: bool = False, any_combination: bool = False) -> Scene:
-    """Return the scene with one captioned attribute changed to another value; for `line` one that lines show.
-
-    Unless `any_combination`, what is held out from training stays so, and what is not stays that: a combination that
-    training saw in false texts only would give itself away.
-    """
-    names = _told(scene, line)
-    while True:
-        found = _with_another(scene, names[int(rng.integers(len(names)))], rng)
-        if any_combination or _held_out(found) == _held_out(scene):
-            return found
-
-
-def scrambled(scene: Scene, rng: np.random.Generator, *, line: bool = False) -> Scene:
-    """Return the scene with each captioned attribute changed or not, as a coin falls; held out as `changed` does."""
-    while True:
-        found = scene
-        for name in _told(scene, line):
-            found = _with_another(found, name, rng) if rng.random() < 0.5 else found
-        if _held_out(found) == _held_out(scene):
-            return found
-
-
-def _told(scene: Scene, line: bool) -> list[str]:
-    names = [name for name in VALUES if not (line and name in COLOURS)]
-    return [name for name in names if not (name == "clothes" and scene.camera == "close-up")]
-
-
-def _with_another(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
-    """Return the scene with another value of an attribute, of the scene or of one of its figures."""
-    place = int(rng.integers(len(scene.figures)))
-    others = [value for value in VALUES[name] if value != value_of(scene, name, place)]
-    change = {name: others[int(rng.integers(len(others)))]}
-    if hasattr(scene, name):
-        return dataclasses.replace(scene, **change)
-    figures = list(scene.figures)
-    figures[place] = dataclasses.replace(figures[place], **change)
-    return dataclasses.replace(scene, figures=tuple(figures))
-
-
-def _held_out(scene: Scene) -> list[bool]:
-    return [is_held_out(figure, scene.background) for figure in scene.figures]
-
-
-def pair_of_texts(scene: Scene, rng: np.random.Generator, *, line: bool) -> tuple[str, str]:
-    """Return a true text of the scene and one with one attribute changed, worded independently."""
-    return caption_of(scene, rng, line=line), caption_of(changed(scene, rng, line=line), rng, line=line)
-
-
-FILLERS = {"a", "and", "at", "by", "her", "in", "of", "on", "the", "under"}
-
-
-class Words:
-    """Which tokens of a text about a scene are true of another scene, and which are not."""
-
-    def __init__(self, tokenizer: BertTokenizer) -> None:
-        self.beside = tokenizer.convert_tokens_to_ids("beside")  # stands between two figures, and nowhere else
-        self.ids: dict[tuple[str, str], set[int]] = {}
-        for name, values in VALUES.items():
-            for value in values:
-                words = set(re.findall(r"\w+", " ".join(WORDS[name][value]).lower())) - FILLERS
-                self.ids[name, value] = set(tokenizer.convert_tokens_to_ids(sorted(words)))
-
-    def labels(self, ids_T: Tensor, told: Scene, true: Scene) -> Tensor:
-        """Return for each token (T,) of a text about `told`: 1 if `true` is otherwise, 0 if it is so, -100 if the token
-        tells nothing, or may stand for two attributes of which one is so (red: hair or eyes)."""
-        ids = ids_T.tolist()
-        parts = [len(ids)] if len(told.figures) == 1 else [ids.index(self.beside), len(ids)]
-        labels: list[int] = []
-        for figure, end in enumerate(parts):
-            marks = self._marks(told, true, figure)
-            labels += [marks.get(i, -100) for i in ids[len(labels) : end]]
-        return torch.tensor(labels)
-
-    def _marks(self, told: Scene, true: Scene, figure: int) -> dict[int, int]:
-        found: dict[int, set[bool]] = {}
-        for name in VALUES:
-            value = value_of(told, name, figure)
-            for token in self.ids[name, value]:
-                found.setdefault(token, set()).add(value != value_of(true, name, figure))
-        return {token: int(wrong.pop()) for token, wrong in found.items() if len(wrong) == 1}
-
-
 def train_matcher(
     corpus: Corpus, tokenizer: BertTokenizer, folder: Path, recipe: Recipe = MATCHER
 ) -> BlipForImageTextRetrieval:
@@ -230,11 +146,13 @@ def train_matcher(
         seen = heads(embedded[:, 0], chosen, lines)
         if step < ALONE["matcher"] * recipe.steps:
             return {"loss": seen, "heads": seen}
-        pairs = [pair_of_texts(corpus.scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
-        true, false = zip(*pairs, strict=True)
+        true, false = [], []
+        for i, line in zip(chosen, lines.tolist(), strict=True):
+            true.append(caption_of(corpus.scenes[i], rng, line=line))
+            false.append(caption_of(changed(corpus.scenes[i], rng, line=line), rng, line=line))
         strange = true[1:3] + true[:1]  # a few texts of other pictures
-        told = [scrambled(corpus.scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
-        texts = [caption_of(scene, rng, line=bool(line)) for scene, line in zip(told, lines, strict=True)]
+        mixed = [scrambled(corpus.scenes[i], rng, line=line) for i, line in zip(chosen, lines.tolist(), strict=True)]
+        texts = [caption_of(scene, rng, line=line) for scene, line in zip(mixed, lines.tolist(), strict=True)]
         tokens = tokenizer([*true, *false, *strange, *texts], padding=True, return_tensors="pt")
         judged = len(true) + len(false) + len(strange)
         place = torch.tensor([*range(count), *range(count), *range(len(strange)), *range(count)])
@@ -244,7 +162,7 @@ def train_matcher(
         match = F.cross_entropy(blip.itm_head(states[:judged, 0]), (torch.arange(judged) < count).long())
         labels = [
             words.labels(ids, scene, corpus.scenes[i])
-            for ids, scene, i in zip(tokens.input_ids[judged:], told, chosen, strict=True)
+            for ids, scene, i in zip(tokens.input_ids[judged:], mixed, chosen, strict=True)
         ]
         wrong = F.cross_entropy(reader(states[judged:]).flatten(0, 1), torch.cat(labels))
         alone = blip.text_encoder(

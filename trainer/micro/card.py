@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +14,55 @@ from trainer.micro import lines as sketching
 from trainer.micro import probe
 from trainer.micro.stages import COUNTS, Workshop
 
-CARDS: dict[
-    str, tuple[str, tuple[str, ...], tuple[str, ...], str]
-] = {  # title, stages, sections of the exam, what it is
-    "captioner": (
+
+@dataclass(frozen=True)
+class Card:
+    """What a model's card says that no file holds."""
+
+    title: str
+    stages: tuple[str, ...]
+    sections: tuple[str, ...]  # of the exam
+    what: str
+
+
+CARDS = {
+    "captioner": Card(
         "captioner",
         ("captioner",),
         ("captioner",),
         "A BLIP captioner (`BlipForConditionalGeneration`): a picture, squeezed to 128 x 128, to a sentence.",
     ),
-    "sketch": (
+    "sketch": Card(
         "sketch network",
         ("sketch",),
         ("sketch",),
         "A U-Net generator of the pix2pix and Anime2Sketch kind (`factory/sketch/generator.py`): RGB to black lines on "
         "white, at any size, tile by tile.",
     ),
-    "micro": (
+    "micro": Card(
         "base",
         ("clip", "vae", "unet"),
         ("vae", "base", "held-out", "framings", "adapter", "step"),
         "A Stable Diffusion v1.5 family, narrow: text encoder, image encoder, VAE (64 x 64 px to 16 x 16 x 8) and "
         "UNet with v1.5's levels, block types and layers; DDIM with v1.5's schedule, guidance scale 3.5.",
     ),
-    "clip": (
+    "clip": Card(
         "judging CLIP pair",
         ("judge-clip",),
         ("clip",),
         "A CLIP pair that only judges: no model is trained with it. It has learned from the same drawings as the base.",
     ),
-    "matcher": (
+    "matcher": Card(
         "judging matcher",
         ("matcher",),
         ("matcher",),
         "A BLIP matcher of pictures and texts (`BlipForImageTextRetrieval`) that only judges. It has learned from the "
         "same drawings as the base.",
     ),
-    "probe": (
+    "probe": Card(
         "attribute probe",
         ("probe",),
-        (),
+        ("probe",),
         "A small convolutional classifier of what is drawn (`trainer/micro/probe.py`). It judges, and is used in no "
         "training. Its own material has other line widths, zooms, tilts and poses than the corpus.",
     ),
@@ -61,15 +71,15 @@ CARDS: dict[
 
 def card(shop: Workshop, folder: Path, name: str) -> str:
     """Return the card of the model `name`, whose weights are in `folder`, as Markdown; with its measures, if any."""
-    title, stages, sections, what = CARDS[name]
+    about = CARDS[name]
     lines = [
         "---",
         "license: apache-2.0",
         "tags: [anime, line-art, procedural]",
         "---",
-        f"# AnimeSketch micro: {title}",
+        f"# AnimeSketch micro: {about.title}",
     ]
-    lines += ["", what, "", "## Data", ""]
+    lines += ["", about.what, "", "## Data", ""]
     if name == "probe":
         drawn = f"{probe.COUNT:,} pictures of its own, one figure each, any combination of attributes"
     elif name == "sketch":
@@ -81,7 +91,7 @@ def card(shop: Workshop, folder: Path, name: str) -> str:
         )
     lines += [f"What `factory/toon` draws, nothing else, the same for the same seed: {drawn}."]
     lines += ["", "## Training", "", "`python -m trainer micro --output DIR`, on CPU cores:", ""]
-    for stage in stages:
+    for stage in about.stages:
         facts = shop.facts(stage)
         lines += [
             f"- {stage}: {_words(facts['recipe'])}; {facts['seconds'] / 60:.0f} minutes, threads: {facts['threads']}"
@@ -89,7 +99,7 @@ def card(shop: Workshop, folder: Path, name: str) -> str:
     measures = shop.folder / "exam/measures.json"
     held = json.loads(measures.read_text()) if measures.is_file() else {}
     made = made_of(folder)
-    found = {name: held[name] for name in sections if made.items() <= held.get(name, {}).items()}
+    found = {name: held[name] for name in about.sections if made.items() <= held.get(name, {}).items()}
     if found:
         lines += ["", "## Measures", "", "On drawings that no training saw (`trainer/micro/measure.py` says how)."]
     for section, results in found.items():

@@ -1,7 +1,5 @@
 """CLIP pairs: one whose towers are the base's text encoder and image encoder, another that only judges."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 from pathlib import Path

@@ -29,7 +29,7 @@ PART = 1000  # pictures per unit of drawing
 # How often each framing is drawn: what is judged (a bust) most, since the time for training is short.
 CAMERAS = {"bust": 11, "close-up": 4, "half figure": 3, "full figure": 2}
 PAIRS, DARK = 1 / 10, 1 / 16  # share with two figures, and with dim light
-WIDE = 1 / 8  # share drawn 16:9 and squeezed to the square, as an image encoder sees a film's frame
+WIDE = 1 / 8  # share drawn 16:9 and squeezed to the square, as BLIP sees a film's frame
 
 
 @dataclass(frozen=True)

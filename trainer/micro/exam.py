@@ -1,7 +1,5 @@
 """The exam: every measure on the shipped weights, into one JSON file, with sample sheets beside it."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 import functools
@@ -69,6 +67,10 @@ class Exam:
                 write_atomic(self.folder / f"{name}.txt", "\n".join(texts[:60]) + "\n")
         bounds = {"chance": measure.CHANCE, "the VAE's ceiling": self.vae()["colour"]["reconstruction"]}
         return bounds | by_seed | {"mean": _mean(list(by_seed.values()))}
+
+    def judge_itself(self) -> dict[str, Any]:
+        """What the probe sees of drawings."""
+        return measure.judge_itself(self.probe, self.shop.pictures("validation"))
 
     def framings(self) -> dict[str, Any]:
         """What prompts of any framing and light give."""
@@ -156,6 +158,7 @@ SECTIONS: dict[str, tuple[Callable[[Exam], dict[str, Any]], Path]] = {  # each w
     "base": (Exam.base, WEIGHTS / "micro"),
     "held-out": (functools.partial(Exam.base, held_out=True), WEIGHTS / "micro"),
     "framings": (Exam.framings, WEIGHTS / "micro"),
+    "probe": (Exam.judge_itself, JUDGE / "probe"),
     "step": (Exam.step, WEIGHTS / "micro"),
     "adapter": (Exam.adapter, WEIGHTS / "micro"),
 }

@@ -1,7 +1,5 @@
 """What the family can do, in numbers: each function measures one model on drawings that no training saw."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 import math
@@ -22,6 +20,7 @@ from trainer.micro import blip
 from trainer.micro.attributes import JUDGED, VALUES, named, value_of
 from trainer.micro.clip import normalised
 from trainer.micro.corpus import Corpus, random_scene
+from trainer.micro.falsehoods import changed
 from trainer.micro.pictures import SIDE, Pictures
 from trainer.micro.probe import Probe, judge
 from trainer.micro.text import caption_of
@@ -56,6 +55,23 @@ def base(
     texts = [caption_of(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
     pictures = _drawn(sampler, texts, seed, steps)
     return shares(judge(probe, pictures, scenes), REPORTED, judged=JUDGED), pictures, texts
+
+
+def judge_itself(probe: Probe, pictures: Pictures) -> dict[str, dict[str, Any]]:
+    """Return by framing, of colour and of lines, what the probe sees of drawings of one figure themselves.
+
+    Where this is low, the probe can say little of what a model draws.
+    """
+    found = {}
+    for kind, lines in (("colour", False), ("line", True)):
+        for camera in VALUES["camera"]:
+            fits = [len(scene.figures) == 1 and scene.camera == camera for scene in pictures.scenes]
+            chosen = np.flatnonzero(np.array(fits) & ~pictures.wide)
+            true = pictures.read(chosen, np.full(len(chosen), lines))
+            names = SHOWN_BY_LINES if lines else JUDGED
+            hits = judge(probe, true, [pictures.scenes[i] for i in chosen])
+            found[f"{kind}, {camera}"] = {"pictures": len(chosen)} | shares(hits, names)
+    return found
 
 
 def framings(
@@ -154,7 +170,7 @@ def matcher(model: Any, tokenizer: Any, corpus: Corpus, *, lines: bool = False) 
     for start in range(0, len(corpus), PART):
         chosen = np.arange(start, min(start + PART, len(corpus)))
         told = [corpus.scenes[i] for i in chosen]
-        others = [blip.changed(scene, rng, line=lines, any_combination=True) for scene in told]
+        others = [changed(scene, rng, line=lines, any_combination=True) for scene in told]
         for one, other in zip(told, others, strict=True):
             changes.append(next(name for name in VALUES if _values(one, name) != _values(other, name)))
         pixels = frames.read(chosen, np.full(len(chosen), lines))
@@ -191,22 +207,23 @@ def _auc(high: Tensor, low: Tensor) -> float:
 
 
 def captioner(captioner: Captioner, corpus: Corpus) -> dict[str, Any]:
-    """Return per framing the share of pictures of one figure whose caption names each attribute rightly; empty ones."""
-    found, empty = {}, 0
-    for camera in VALUES["camera"]:
-        single = [i for i, s in enumerate(corpus.scenes) if len(s.figures) == 1 and s.camera == camera]
+    """Return per framing, and of all, the share of pictures of one figure whose caption names each attribute rightly;
+    the number of empty captions, those of two figures among them."""
+    said = [captioner(image) for image in corpus.images]
+    single = [i for i, scene in enumerate(corpus.scenes) if len(scene.figures) == 1]
+    found: dict[str, Any] = {}
+    for camera in (*VALUES["camera"], "all"):
+        chosen = [i for i in single if camera in (corpus.scenes[i].camera, "all")]
         hits: dict[str, list[bool]] = {name: [] for name in VALUES}
-        for i in single:
-            caption = captioner(corpus.images[i])
-            empty += not caption
-            said = named(caption)
+        for i in chosen:
+            scene, names = corpus.scenes[i], named(said[i])
             for name in VALUES:
-                if not (name == "clothes" and camera == "close-up"):
-                    hits[name].append(said.get(name) == value_of(corpus.scenes[i], name))
-        found[camera] = {"pictures": len(single)} | {
+                if not (name == "clothes" and scene.camera == "close-up"):
+                    hits[name].append(names.get(name) == value_of(scene, name))
+        found[camera] = {"pictures": len(chosen)} | {
             name: round(float(np.mean(right)), 4) for name, right in hits.items() if right
         }
-    return found | {"empty": empty}
+    return found | {"captions": len(said), "empty": sum(not caption for caption in said)}
 
 
 def sketch_scores(

@@ -1,7 +1,5 @@
 """The finished family as shipped: `save_pretrained` folders in half precision, beside the code that reads them."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 import json

@@ -1,7 +1,5 @@
 """The stages of the family's making, in order: each leaves a `save_pretrained` folder, and then is done."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 import dataclasses

@@ -1,7 +1,5 @@
 """Words: the captions of the corpus, and tokenizers that hold each of their words as one token."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 import json

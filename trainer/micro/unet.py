@@ -1,7 +1,5 @@
 """The UNet2DConditionModel: SD v1.5's levels, block types and layers, narrow, on the trained VAE and text encoder."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 from collections.abc import Callable

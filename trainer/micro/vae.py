@@ -4,8 +4,6 @@ A factor of 4, not SD's 8, and 8 channels, not 4: at this size an eye is five pi
 a factor of 8 left lines blurred and eyes grey, and 4 channels lost the colour of every third eye.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
-# (diffusers and transformers type their configs as dict and their outputs as tuples)
 from __future__ import annotations
 
 import functools
