@@ -27,12 +27,13 @@ from typing import Any
 import lance
 import pyarrow as pa
 from lance import LanceOperation
-from lance.fragment import FragmentMetadata, write_fragments
+from lance.fragment import DataFile, FragmentMetadata, write_fragments
 
 from factory import schema
 from factory.files import write_atomic
 
 _UNITS = "animesketch.units"
+_SETTINGS = b"animesketch.config"
 
 
 class StoreError(ValueError):
@@ -63,13 +64,17 @@ class Store:
         """Return the path of table `name`."""
         return str(self.root / f"{name}.lance")
 
+    def has(self, name: str) -> bool:
+        """Return whether table `name` is there: of one whose making was killed only a folder is."""
+        return any(Path(self.uri(name), "_versions").glob("*.manifest"))
+
     def create(self) -> None:
         """Make the root and whatever table it lacks. Raises StoreError when a table is of another format."""
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"Dataset root {self.root} is a file. Give a folder.")
         self.root.mkdir(parents=True, exist_ok=True)
         for name, columns in schema.TABLES.items():
-            if not any(Path(self.uri(name), "_versions").glob("*.manifest")):  # absent, or killed while it was made
+            if not self.has(name):
                 lance.write_dataset(
                     columns.empty_table(),
                     self.uri(name),
@@ -78,10 +83,15 @@ class Store:
                 )
             self.table(name)
 
-    @property
-    def settings_file(self) -> Path:
-        """Where the settings of the last command that wrote are kept, as JSON: the next one starts from them."""
-        return self.root / "config.json"
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings that the samples table was last written with, from its metadata; None before that."""
+        kept = (self.table("samples").schema.metadata or {}).get(_SETTINGS)
+        return json.loads(kept) if kept else None
+
+    def keep_settings(self, settings: dict[str, Any]) -> None:
+        """Keep `settings` in the metadata of the samples table, where they are other ones: a version of its own."""
+        if json.loads(json.dumps(settings)) != self.settings():  # tuples are lists in JSON
+            self.table("samples").update_schema_metadata({_SETTINGS.decode(): json.dumps(settings)})
 
     def table(self, name: str) -> lance.LanceDataset:
         """Return the newest version of table `name`. Raises FileNotFoundError or StoreError, saying what to do."""
@@ -137,19 +147,19 @@ class Store:
                 mode="append",
                 data_storage_version=schema.STORAGE_VERSION,
             )
-        files = {
-            str(file.relative_to(self.uri(name))): _settled(file) for f in fragments for file in self._files(name, f)
-        }
+        files = self._sizes(name, [part for fragment in fragments for part in fragment.files])
         entry = {"unit": unit, "rows": len(rows), "fragments": [f.to_json() for f in fragments], "files": files}
         write_atomic(path, json.dumps(entry))
         return entry
 
-    def _files(self, name: str, fragment: FragmentMetadata) -> Iterator[Path]:
-        """Yield the files of a fragment: its data files, and the pictures that lie in a folder beside each."""
-        for part in fragment.files:
+    def _sizes(self, name: str, parts: list[DataFile]) -> dict[str, int]:
+        """Flush data files, and the pictures that lie in a folder beside each, to the disk; return their bytes."""
+        sizes = {}
+        for part in parts:
             file = Path(self.uri(name), "data", part.path)
-            yield file
-            yield from sorted(file.with_suffix("").glob("*"))
+            for path in (file, *sorted(file.with_suffix("").glob("*"))):
+                sizes[str(path.relative_to(self.uri(name)))] = _settled(path)
+        return sizes
 
     def write_updates(self, name: str, fragment_id: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Write new values of some columns for rows of one fragment; return the entry for Committer.add.
@@ -161,8 +171,16 @@ class Store:
         fragment = self.table(name).get_fragment(fragment_id)
         if fragment is None:
             raise StoreError(f"Table {self.uri(name)} has no fragment {fragment_id} any more. Run the command again.")
+        before = {part.path for part in fragment.metadata.files}
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
-        return {"unit": f"update-{fragment_id}", "rows": 0, "updated": metadata.to_json(), "fields": list(fields)}
+        new = [part for part in metadata.files if part.path not in before]
+        return {
+            "unit": f"update-{fragment_id}",
+            "rows": len(rows),
+            "updated": metadata.to_json(),
+            "fields": list(fields),
+            "files": self._sizes(name, new),
+        }
 
     def committed_units(self, name: str) -> set[str]:
         """Return the units named by the transactions in the history of table `name`, or by its rows.
