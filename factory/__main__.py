@@ -178,11 +178,7 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps(counts | {"stale": stale, "settings": asdict(config)}))
         return DONE
     print(status.describe(counts))
-    print(
-        "settings",
-        " ".join(["micro", *changes(config, micro())]),
-        f"(all: python -m factory config --root {args.root})",
-    )
+    print("settings", *changes(config, micro()) or ["those of preset micro"])
     print("\n".join(status.describe_stale(stale, args.root) or ["stale   nothing"]))
     _print_next(status.next_verb(counts, stale), args.root)
     return DONE
