@@ -112,13 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     from factory.store import DamagedData, DatasetBusy, NotFinished
 
     try:
-        if args.verb == "config":
-            return _config(args)
-        if args.verb == "status":
-            return _status(args)
-        if args.verb == "report":
-            return _report(args)
-        return _run(args)
+        return {"config": _config, "status": _status, "report": _report}.get(args.verb, _run)(args)
     except (ValueError, FileNotFoundError) as error:
         cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
         print(f"factory: {cause}", file=sys.stderr)

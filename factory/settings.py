@@ -39,7 +39,7 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
     values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
     cls = type(preset)
     if file is not None:
-        layer = _yaml(_text(file), f"Config file {file}")
+        layer = parse_yaml(_text(file), f"Config file {file}")
         if not isinstance(layer, Mapping):
             raise ValueError(f"Config file {file} must hold a mapping of settings, found {type(layer).__name__}.")
         _merge(values, layer, cls, "")
@@ -47,7 +47,7 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
         key, sign, text = item.partition("=")
         if not sign or not key:
             raise ValueError(f"--set takes key=value, such as selection.min_sharpness=80; got {item!r}.")
-        layer = _yaml(text, f"--set {item}")
+        layer = parse_yaml(text, f"--set {item}")
         for part in reversed(key.split(".")):
             layer = {part: layer}
         _merge(values, layer, cls, "")
@@ -118,7 +118,8 @@ def _text(file: str | Path) -> str:
         raise ValueError(f"Config file {file} cannot be read as text: {error}") from None
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what YAML `text` holds. ValueError, beginning with `where`, when it is none."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:

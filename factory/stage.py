@@ -44,7 +44,7 @@ def run(
     """
     progress = Progress(stage, noun, len(rows), measure.words, sum(row["amount"] for row in rows))
     failures: list[Row] = []
-    for answer in run_tasks(_Measured(task), rows, config):
+    for answer in run_tasks(_measured(task), rows, config):
         entry = json.loads(answer["entry"])
         if "error" in entry:
             failures.append(entry)
@@ -61,16 +61,16 @@ def run(
     return failures
 
 
-class _Measured:
-    """A task whose answer also has the `amount` of its row, and the `seconds` that it took."""
+def _measured(task: Callable) -> Callable[[Row], Row]:
+    """Return `task` with an answer that also has the `amount` of its row, and the `seconds` that it took."""
 
-    def __init__(self, task: Callable) -> None:
-        self._task = task
-
-    def __call__(self, row: Row) -> Row:
+    def measured(row: Row) -> Row:
         begun = time.monotonic()
         amount = row.pop("amount")
-        return {**self._task(row), "amount": amount, "seconds": time.monotonic() - begun}
+        return {**task(row), "amount": amount, "seconds": time.monotonic() - begun}
+
+    measured.__name__ = getattr(task, "__name__", type(task).__name__)  # Ray's dashboard shows it
+    return measured
 
 
 def run_tasks(task: Callable, rows: list[Row], config: FactoryConfig) -> Iterator[Row]:

@@ -27,7 +27,7 @@ from typing import Any
 import lance
 import pyarrow as pa
 from lance import LanceOperation
-from lance.fragment import DataFile, FragmentMetadata, write_fragments
+from lance.fragment import FragmentMetadata, write_fragments
 
 from factory import schema
 from factory.files import write_atomic
@@ -147,19 +147,19 @@ class Store:
                 mode="append",
                 data_storage_version=schema.STORAGE_VERSION,
             )
-        files = self._sizes(name, [part for fragment in fragments for part in fragment.files])
+        files = {
+            str(file.relative_to(self.uri(name))): _settled(file) for f in fragments for file in self._files(name, f)
+        }
         entry = {"unit": unit, "rows": len(rows), "fragments": [f.to_json() for f in fragments], "files": files}
         write_atomic(path, json.dumps(entry))
         return entry
 
-    def _sizes(self, name: str, parts: list[DataFile]) -> dict[str, int]:
-        """Flush data files, and the pictures that lie in a folder beside each, to the disk; return their bytes."""
-        sizes = {}
-        for part in parts:
+    def _files(self, name: str, fragment: FragmentMetadata) -> Iterator[Path]:
+        """Yield the files of a fragment: its data files, and the pictures that lie in a folder beside each."""
+        for part in fragment.files:
             file = Path(self.uri(name), "data", part.path)
-            for path in (file, *sorted(file.with_suffix("").glob("*"))):
-                sizes[str(path.relative_to(self.uri(name)))] = _settled(path)
-        return sizes
+            yield file
+            yield from sorted(file.with_suffix("").glob("*"))
 
     def write_updates(self, name: str, fragment_id: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Write new values of some columns for rows of one fragment; return the entry for Committer.add.
@@ -171,15 +171,15 @@ class Store:
         fragment = self.table(name).get_fragment(fragment_id)
         if fragment is None:
             raise StoreError(f"Table {self.uri(name)} has no fragment {fragment_id} any more. Run the command again.")
-        before = {part.path for part in fragment.metadata.files}
+        old = set(self._files(name, fragment.metadata))
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
-        new = [part for part in metadata.files if part.path not in before]
+        new = [file for file in self._files(name, metadata) if file not in old]
         return {
             "unit": f"update-{fragment_id}",
             "rows": len(rows),
             "updated": metadata.to_json(),
             "fields": list(fields),
-            "files": self._sizes(name, new),
+            "files": {str(file.relative_to(self.uri(name))): _settled(file) for file in new},
         }
 
     def committed_units(self, name: str) -> set[str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from factory import metrics, stage
+from factory import caption, metrics, stage
 from factory.config import micro
+from factory.models import find_model
 from factory.stage import PICTURES, Progress, clock
 from factory.store import Committer, Store
 
@@ -45,6 +46,11 @@ def test_progress_of_nothing_says_so(capsys: pytest.CaptureFixture) -> None:
 
 def test_durations_are_told_in_words() -> None:
     assert [clock(s) for s in (0.4, 59.6, 125, 11220)] == ["0 s", "1 min 00 s", "2 min 05 s", "3 h 07 min"]
+
+
+def test_a_model_is_loaded_without_a_word(capfd: pytest.CaptureFixture) -> None:
+    caption._loaded.__wrapped__(str(find_model("animesketch/captioner")))
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_counters_follow_prometheus_conventions() -> None:
@@ -87,7 +93,7 @@ def _scraped(of_stage: str, names: set[str]) -> dict[str, float]:
     (node,) = ray.nodes()
     url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     line = re.compile(rf'^ray_animesketch_factory_(\w+)_total\{{.*stage="{of_stage}".*\}} (\S+)$', re.M)
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 90
     found: dict[str, float] = {}
     while found.keys() < names and time.monotonic() < deadline:
         time.sleep(0.5)
