@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
-from factory import quality, schema, tasks
+from factory import metrics, quality, schema, tasks
 from factory.config import FactoryConfig
 from factory.sources import FACTS, segments_of
-from factory.stage import Progress, Row, run, run_tasks, update
+from factory.stage import FILM, PICTURES, Progress, Row, run, run_tasks, update
 from factory.store import Committer, NotFinished, Store, check_keys
 
 
@@ -37,11 +37,18 @@ def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
     built = add_sources(store, paths, config)
     committer = Committer(store, "candidates", every=config.commit_every)
     _refuse_other_settings(store, config)
+    store.keep_settings(asdict(config))
     known = store.table("sources").to_table().to_pylist()
     open_sources = [row for row in known if row["source_id"] in built or row["status"] == "pending"]
     segments = [segment for row in open_sources for segment in segments_of(row)]
-    missing = [asdict(segment) for segment in segments if segment.segment_id not in committer.done]
-    failures = run("decode", "segments", tasks.DecodeSegment(store, config), missing, committer, config)
+    ends = {row["source_id"]: row["duration"] for row in known}
+    missing = [
+        asdict(segment) | {"amount": min(segment.end, ends[segment.source_id]) - segment.start}
+        for segment in segments
+        if segment.segment_id not in committer.done
+    ]
+    task = tasks.DecodeSegment(store, config)
+    failures = run("decode", "segments", FILM, task, missing, committer, config)
     close_sources(store, committer.done, {failure["source_id"]: failure["error"] for failure in failures})
     return built
 
@@ -62,6 +69,7 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
         first["uri"] = min(first["uri"], described["uri"])
         progress.step()
     new = [found[key] for key in sorted(found.keys() - known.keys())]
+    metrics.count("failures", sum(row["status"] == "failed" for row in new), stage="sources", kind="unopened")
     if new:
         committer.add(store.write_unit("sources", tasks.unit("sources", [row["source_id"] for row in new]), new))
     columns = ("uri", "collection", "error", *FACTS)
@@ -103,6 +111,8 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
         }
         if any(source[name] != value for name, value in facts.items()):
             changed.append({"source_id": key, "_rowaddr": source["_rowaddr"], **facts})
+            if facts["status"] in ("partial", "failed"):
+                metrics.count("failures", stage="decode", kind=facts["status"])
     update(store, "sources", changed)
 
 
@@ -113,7 +123,8 @@ def select(store: Store, config: FactoryConfig) -> None:
         raise NotFinished(
             f"{states.count('pending')} source(s) are not decoded to their end. Run the same build again."
         )
-    fingerprint = config.fingerprints()["select"]
+    store.keep_settings(asdict(config))
+    fingerprint = config.fingerprint("select")
     names = ["frame_id", "source_id", "status", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
     names += ["width", "height", "sharpness", "brightness", "contrast", "phash", "embedding"]
     candidates = store.table("candidates").to_table(columns=names, with_row_address=True).to_pylist()
@@ -126,6 +137,7 @@ def select(store: Store, config: FactoryConfig) -> None:
                 changed.append({"frame_id": row["frame_id"], "_rowaddr": row["_rowaddr"], **new})
     # One transaction: a selection is complete or it never was, so "kept by an earlier one" survives a crash.
     update(store, "candidates", changed)
+    metrics.count("rows", len(changed), stage="select")
     print(f"select   {len(changed)} of {len(candidates)} candidates decided anew", flush=True)
 
     kept = {frame: row for frame, row in decisions.items() if row["status"] == "kept"}
@@ -138,9 +150,9 @@ def select(store: Store, config: FactoryConfig) -> None:
     present = {row["frame_id"] for row in samples}
     new = sorted((row["frame_id"], row["_rowaddr"]) for row in candidates if row["frame_id"] in kept.keys() - present)
     units = [new[i : i + config.samples_per_unit] for i in range(0, len(new), config.samples_per_unit)]
-    rows = [{"addresses": [address for _, address in unit]} for unit in units]
+    rows = [{"addresses": [address for _, address in unit], "amount": len(unit)} for unit in units]
     splits = {row["source_id"]: row["split"] for row in samples}  # a source keeps its split: frames never leak
-    run("samples", "units of samples", tasks.AppendSamples(store, config, splits), rows, committer, config)
+    run("samples", "units of samples", PICTURES, tasks.AppendSamples(store, config, splits), rows, committer, config)
 
 
 def sketch(store: Store, config: FactoryConfig) -> None:
@@ -155,22 +167,26 @@ def caption(store: Store, config: FactoryConfig) -> None:
 
 def _update_samples(store: Store, config: FactoryConfig, stage: str, task: Callable[[dict], dict]) -> None:
     """Run `task` over the selected samples whose fingerprint of `stage` is another, a fragment at a time."""
-    fingerprint = config.fingerprints()[stage]
+    store.keep_settings(asdict(config))
+    fingerprint = config.fingerprint(stage)
     samples = store.table("samples").to_table(columns=["stages"], filter="selected", with_row_address=True).to_pylist()
     stale: dict[int, list[int]] = defaultdict(list)
     for row in samples:
         if (row["stages"] or {}).get(stage) != fingerprint:
             stale[row["_rowaddr"] >> 32].append(row["_rowaddr"])
-    rows = [{"fragment": fragment, "addresses": sorted(addresses)} for fragment, addresses in sorted(stale.items())]
+    rows = [
+        {"fragment": fragment, "addresses": sorted(addresses), "amount": len(addresses)}
+        for fragment, addresses in sorted(stale.items())
+    ]
     committer = Committer(store, "samples", every=config.commit_every)
-    run(stage, "units of samples", task, rows, committer, config)
+    run(stage, "units of samples", PICTURES, task, rows, committer, config)
 
 
 def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
     present = store.table("candidates").to_table(columns=["decode_fingerprint"])["decode_fingerprint"].unique()
-    others = set(present.to_pylist()) - {config.fingerprints()["decode"]}
+    others = set(present.to_pylist()) - {config.fingerprint("decode")}
     if others:
         raise ValueError(
             f"Dataset {store.root} was decoded with other video settings or another version (fingerprint "
-            f"{others.pop()}, now {config.fingerprints()['decode']}). Use those settings, or a new --root."
+            f"{others.pop()}, now {config.fingerprint('decode')}). Use those settings, or a new --root."
         )

@@ -33,6 +33,7 @@ from factory import schema
 from factory.files import write_atomic
 
 _UNITS = "animesketch.units"
+_SETTINGS = b"animesketch.config"
 
 
 class StoreError(ValueError):
@@ -63,13 +64,17 @@ class Store:
         """Return the path of table `name`."""
         return str(self.root / f"{name}.lance")
 
+    def has(self, name: str) -> bool:
+        """Return whether table `name` is there: of one whose making was killed only a folder is."""
+        return any(Path(self.uri(name), "_versions").glob("*.manifest"))
+
     def create(self) -> None:
         """Make the root and whatever table it lacks. Raises StoreError when a table is of another format."""
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"Dataset root {self.root} is a file. Give a folder.")
         self.root.mkdir(parents=True, exist_ok=True)
         for name, columns in schema.TABLES.items():
-            if not any(Path(self.uri(name), "_versions").glob("*.manifest")):  # absent, or killed while it was made
+            if not self.has(name):
                 lance.write_dataset(
                     columns.empty_table(),
                     self.uri(name),
@@ -78,10 +83,15 @@ class Store:
                 )
             self.table(name)
 
-    @property
-    def settings_file(self) -> Path:
-        """Where the settings of the last command that wrote are kept, as JSON: the next one starts from them."""
-        return self.root / "config.json"
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings that the samples table was last written with, from its metadata; None before that."""
+        kept = (self.table("samples").schema.metadata or {}).get(_SETTINGS)
+        return json.loads(kept) if kept else None
+
+    def keep_settings(self, settings: dict[str, Any]) -> None:
+        """Keep `settings` in the metadata of the samples table, where they are other ones: a version of its own."""
+        if json.loads(json.dumps(settings)) != self.settings():  # tuples are lists in JSON
+            self.table("samples").update_schema_metadata({_SETTINGS.decode(): json.dumps(settings)})
 
     def table(self, name: str) -> lance.LanceDataset:
         """Return the newest version of table `name`. Raises FileNotFoundError or StoreError, saying what to do."""
@@ -161,8 +171,16 @@ class Store:
         fragment = self.table(name).get_fragment(fragment_id)
         if fragment is None:
             raise StoreError(f"Table {self.uri(name)} has no fragment {fragment_id} any more. Run the command again.")
+        old = set(self._files(name, fragment.metadata))
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
-        return {"unit": f"update-{fragment_id}", "rows": 0, "updated": metadata.to_json(), "fields": list(fields)}
+        new = [file for file in self._files(name, metadata) if file not in old]
+        return {
+            "unit": f"update-{fragment_id}",
+            "rows": len(rows),
+            "updated": metadata.to_json(),
+            "fields": list(fields),
+            "files": {str(file.relative_to(self.uri(name))): _settled(file) for file in new},
+        }
 
     def committed_units(self, name: str) -> set[str]:
         """Return the units named by the transactions in the history of table `name`, or by its rows.

@@ -41,7 +41,7 @@ class DecodeSegment:
 
     def __init__(self, store: Store, config: FactoryConfig) -> None:
         self._store, self._config = store, config
-        self._fingerprint = config.fingerprints()["decode"]
+        self._fingerprint = config.fingerprint("decode")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         segment, limits = Segment(**row), self._config.video
@@ -96,7 +96,8 @@ class AppendSamples:
 
     def __init__(self, store: Store, config: FactoryConfig, splits: dict[str, str]) -> None:
         """Take the `splits` that sources have already, by source_id; the configuration decides for the others."""
-        self._store, self._config, self._fingerprints, self._splits = store, config, config.fingerprints(), splits
+        self._store, self._config, self._splits = store, config, splits
+        self._fingerprint = config.fingerprint("select")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         addresses = [int(address) for address in row["addresses"]]
@@ -108,7 +109,7 @@ class AppendSamples:
         rows = []
         for candidate, picture in zip(candidates, pictures, strict=True):
             _check(picture, candidate["image_sha256"], f"image of candidate {candidate['frame_id']}")
-            stages = {"decode": candidate.pop("decode_fingerprint"), "select": self._fingerprints["select"]}
+            stages = {"decode": candidate.pop("decode_fingerprint"), "select": self._fingerprint}
             source = candidate["source_id"]
             rows.append(
                 candidate
@@ -123,7 +124,7 @@ class DrawSketches:
     """Samples of one fragment -> their sketch columns."""
 
     def __init__(self, store: Store, config: FactoryConfig) -> None:
-        self._store, self._config, self._fingerprint = store, config, config.fingerprints()["sketch"]
+        self._store, self._config, self._fingerprint = store, config, config.fingerprint("sketch")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         cv2.setNumThreads(1)
@@ -152,7 +153,7 @@ class WriteCaptions:
     """Samples of one fragment -> their caption columns."""
 
     def __init__(self, store: Store, config: FactoryConfig) -> None:
-        self._store, self._config, self._fingerprint = store, config, config.fingerprints()["caption"]
+        self._store, self._config, self._fingerprint = store, config, config.fingerprint("caption")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         captioner = captions.Captioner(self._config.caption.model)

@@ -33,6 +33,7 @@ def ray_session() -> Iterator[str]:
         log_to_driver=True,
         logging_level="WARNING",
         runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}},
+        _system_config={"metrics_report_interval_ms": 1000},  # not 10 s: a test reads the counters
     )
     yield context.address_info["gcs_address"]
     ray.shutdown()

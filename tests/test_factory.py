@@ -193,7 +193,7 @@ def test_a_film_that_moved_goes_on_where_it_is_now(
         patch.setattr(pipeline, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(store, find_sources([str(folder)]), _config())
-    assert status.next_verb(status.funnel(store)) == "build"
+    assert status.next_verb(status.funnel(store), status.stale(store, _config())) == "build"
     folder.rename(tmp_path / "moved")
     assert main(["select", "--root", str(root)]) == UNFINISHED
     pipeline.build(store, find_sources([str(tmp_path / "moved")]), _config())
