@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
 from dataclasses import asdict
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from factory.store import Store
 
 DONE, UNFINISHED, USAGE, SOURCES_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -18,7 +24,8 @@ examples:
   python -m factory status --root /data/anime
   ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime
 
-exit codes: 0 done; 1 not finished, run it again; 2 wrong usage; 3 (build) finished, but some sources failed.
+exit codes: 0 done; 1 not finished, run it again, or (verify) something is damaged; 2 wrong usage; 3 (build) finished,
+but some sources failed.
 Whatever was committed is kept: after a crash, run the same command again."""
 
 
@@ -36,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         "sketch": "draw the sketches that are missing or of another configuration",
         "caption": "write the captions that are missing or of another rule",
         "status": "print the funnel",
+        "verify": "read every file and picture again and compare it with its sha256",
+        "compact": "merge small fragments, remove old versions and what crashes left",
+        "tag": "name the present version of all tables, for data.version of a trainer; without a name, list them",
     }
     for verb, text in helps.items():
         sub = verbs.add_parser(
@@ -45,8 +55,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("sources", nargs="+", metavar="SOURCES", help="video files, folders, or globs in quotes")
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
         sub.add_argument("--root", required=True, help="folder of the dataset's tables; made if absent")
-        if verb == "status":
-            sub.add_argument("--json", action="store_true", help="print the counts as JSON")
+        if verb in ("status", "verify"):
+            sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        if verb == "compact":
+            text = "age from which a version without a tag is removed (default: 14)"
+            sub.add_argument("--older-than", type=float, default=14, metavar="DAYS", help=text)
+        if verb == "tag":
+            sub.add_argument("name", nargs="?", metavar="NAME", help="letters, digits, dots, dashes, underscores")
+            sub.add_argument("--delete", action="store_true", help="take the tag off")
+        if verb in ("status", "verify", "tag"):
             continue
         sub.add_argument(
             "--preset",
@@ -90,6 +107,10 @@ def _run(args: argparse.Namespace) -> int:
         counts = status.funnel(store)
         print(json.dumps(counts) if args.json else status.describe(counts))
         return DONE
+    if args.verb == "verify":
+        return _verify(store, as_json=args.json)
+    if args.verb == "tag":
+        return _tag(store, args.name, delete=args.delete)
 
     from factory import pipeline
     from factory.config import PRESETS
@@ -99,6 +120,8 @@ def _run(args: argparse.Namespace) -> int:
     if not args.preset and store.settings_file.exists():
         config = load(config, store.settings_file)
     config = load(config, args.config, args.set)
+    if args.verb == "compact":
+        return _compact(store, timedelta(days=args.older_than), config.samples_per_unit)
     paths = []
     if args.verb == "build":
         paths = find_sources([absolute(source, "SOURCES") for source in args.sources])
@@ -121,6 +144,38 @@ def _run(args: argparse.Namespace) -> int:
     sources = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
     failed = any(row["status"] in ("failed", "partial") for row in sources if row["source_id"] in built)
     return SOURCES_FAILED if failed and not args.allow_failures else DONE
+
+
+def _verify(store: Store, *, as_json: bool) -> int:
+    from factory.verify import verify
+
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        report = verify(store)
+    print(json.dumps(asdict(report)) if as_json else report)
+    return UNFINISHED if report.damaged else DONE
+
+
+def _tag(store: Store, name: str | None, *, delete: bool) -> int:
+    from factory import tags
+
+    store.table("samples")  # an absent dataset is an error, not a new one
+    if name is not None:
+        with store.lock():
+            tags.delete(store, name) if delete else tags.tag(store, name)
+    print(tags.describe(tags.tags(store)))
+    return DONE
+
+
+def _compact(store: Store, older_than: timedelta, samples_per_unit: int) -> int:
+    from factory import schema
+    from factory.compact import ROWS, compact
+
+    with store.lock():
+        for name in schema.TABLES:
+            # A fragment of samples stays a unit of work of the sketch and caption stages.
+            done = compact(store, name, rows=samples_per_unit if name == "samples" else ROWS, older_than=older_than)
+            print(f"compact  {name}: {done}", flush=True)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from factory.committer import Committer
 from factory.config import FactoryConfig
-from factory.store import Committer, Store
+from factory.store import Store
 
 Row = dict[str, Any]
 

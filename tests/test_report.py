@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cluster import report
-from factory.store import Committer, Store
+from factory.committer import Committer
+from factory.store import Store
 
 
 @pytest.fixture
