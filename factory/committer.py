@@ -67,7 +67,7 @@ class Committer:
             raise DamagedData(
                 f"{present or len(keys) - len(set(keys))} row(s) of {sorted(entries)[:3]} are in table "
                 f"{self._store.uri(self._name)} already, under another unit of work. Nothing was added. "
-                f"Look at it: python -m factory verify --root {self._store.root}"
+                f"Remove {self._store.root / '_ledger'} and run again: what is missing is redone."
             )
         fragments = [
             FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]

@@ -87,18 +87,17 @@ def verify(store: Store) -> Report:
 def _whole_versions(store: Store, name: str, report: Report) -> list[lance.LanceDataset]:
     """Return the tagged versions and the newest one, last, whose manifests are as they were written."""
     digests, uri = store.digests(name), store.uri(name)
-    there = digests.versions()
-    if not there:
-        report.damaged.append(Damage(table=name, file="", problem="the table, or its _versions folder, is gone"))
-        return []
-    if digests.newest_version() > there[-1]:
-        lost = digests.manifest(digests.newest_version())
+    there, newest = digests.versions(), digests.newest_version()
+    if newest > max(there, default=0):
         problem = (
-            "the newest manifest is gone: what it published is no longer seen. Restore it, or build again, then compact"
+            "the newest manifest is gone: what it published is no longer seen. Restore it, or build again and compact"
         )
-        report.damaged.append(Damage(table=name, file=f"_versions/{lost.name}", problem=problem))
+        lost = digests.manifest(newest).name
+        report.damaged.append(Damage(table=name, file=f"_versions/{lost}", problem=problem))
+    elif not there:
+        report.damaged.append(Damage(table=name, file="", problem="the table is gone"))
     good = [version for version in there if _is_whole(digests, name, version, report)]
-    if there[-1] not in good:
+    if good[-1:] != there[-1:] or not there:
         return []  # Lance opens the newest manifest before any other
     tagged = {facts["version"]: tag for tag, facts in lance.dataset(uri).tags.list().items()}
     for version in sorted(tagged.keys() - set(there)):
@@ -125,6 +124,8 @@ def _is_whole(digests: Digests, name: str, version: int, report: Report) -> bool
 def _check_files(digests: Digests, name: str, paths: list[str], report: Report) -> set[str]:
     """Compare the data files at `paths`, and the pictures beside them; return those that Lance should not read."""
     unreadable = set()
+    if not paths:
+        return unreadable
     progress = Progress("verify", f"data files of {name}", len(paths))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda path: _check_file(digests, name, path), paths)
