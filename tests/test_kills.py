@@ -84,7 +84,7 @@ def test_a_driver_killed_beside_its_commit(
     store = Store(str(root))
     assert store.ledger(table)  # written
     assert bool(store.table(table).count_rows()) == (when == "after")
-    pipeline.build(store, find_sources([str(films)]), _config())
+    pipeline.build(store, find_sources([str(films)]), small_units())
     assert contents(root) == contents(small_dataset)
     assert verify(store).damaged == []
 
@@ -107,9 +107,9 @@ def test_a_task_whose_worker_was_killed_is_run_again_and_no_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _replace(monkeypatch, task, point, tmp_path)
+    replace_task(monkeypatch, task, point, tmp_path)
     store = Store(str(tmp_path / "root"))
-    pipeline.build(store, find_sources([str(films)]), _config())
+    pipeline.build(store, find_sources([str(films)]), small_units())
     assert contents(store.root) == contents(small_dataset)
     assert verify(store).damaged == []
     inputs = runs(tmp_path)
@@ -119,21 +119,21 @@ def test_a_task_whose_worker_was_killed_is_run_again_and_no_other(
 def test_a_killed_decoder_leaves_its_film_to_the_next_run(
     ray_session: str, small_dataset: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _replace(monkeypatch, "DecodeSegment", "the decoder, mid-unit", tmp_path)
+    replace_task(monkeypatch, "DecodeSegment", "the decoder, mid-unit", tmp_path)
     store = Store(str(tmp_path / "root"))
     for expected in (1, 0):
-        pipeline.build(store, find_sources([str(films)]), _config())
+        pipeline.build(store, find_sources([str(films)]), small_units())
         assert len(status.funnel(store)["failed_sources"]) == expected
     assert contents(store.root) == contents(small_dataset)
     inputs = runs(tmp_path)
     assert len(inputs) == len(set(inputs)) + 1 == 3
 
 
-def _config() -> FactoryConfig:
+def small_units() -> FactoryConfig:
     return settings.load(micro(), None, [*OVERRIDES, *SMALL_UNITS])
 
 
-def _replace(monkeypatch: pytest.MonkeyPatch, task: str, point: str, folder: Path) -> None:
+def replace_task(monkeypatch: pytest.MonkeyPatch, task: str, point: str, folder: Path) -> None:
     """Put a KilledOnce around one of the pipeline's tasks."""
     original = getattr(tasks, task)
     made = {**vars(tasks), task: lambda *arguments: KilledOnce(original(*arguments), point, folder)}
