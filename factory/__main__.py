@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
 import warnings
 from dataclasses import asdict
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +47,18 @@ _VERBS = {
         "write one HTML page: the funnel, reasons with examples, sources, samples",
         ("report --root /data/anime", "report --root /data/anime --output anime.html"),
     ),
+    "verify": (
+        "read every file and picture again and compare it with its sha256",
+        ("verify --root /data/anime", "verify --root /data/anime --json"),
+    ),
+    "compact": (
+        "merge small fragments, remove old versions and what crashes left",
+        ("compact --root /data/anime", "compact --root /data/anime --older-than 2"),
+    ),
+    "tag": (
+        "name the present version of all tables, for data.version of a trainer; without a name, list them",
+        ("tag round-1 --root /data/anime", "tag --root /data/anime", "tag round-1 --delete --root /data/anime"),
+    ),
     "config": (
         "print all settings as YAML with their comments, for --config",
         ("config --preset paper > paper.yaml", "config --root /data/anime"),
@@ -52,7 +66,8 @@ _VERBS = {
 }
 
 _EXIT_CODES = """\
-exit codes: 0 done; 1 not finished, run it again; 2 wrong usage; 3 (build) finished, but some sources failed.
+exit codes: 0 done; 1 not finished, run it again, or (verify) something is damaged; 2 wrong usage; 3 (build) finished,
+but some sources failed.
 Whatever was committed is kept: after a crash, run the same command again."""
 
 _ON_A_CLUSTER = 'ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime'
@@ -76,8 +91,14 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
         made = "; made if absent" if verb == "build" else ""
         sub.add_argument("--root", required=verb != "config", help=f"folder of the dataset's tables{made}")
-        if verb == "status":
+        if verb in ("status", "verify"):
             sub.add_argument("--json", action="store_true", help="print all of it as JSON")
+        elif verb == "compact":
+            age = "age from which a version without a tag is removed (default: %(default)s)"
+            sub.add_argument("--older-than", type=float, default=14, metavar="DAYS", help=age)
+        elif verb == "tag":
+            sub.add_argument("name", nargs="?", metavar="NAME", help="letters, digits, dots, dashes, underscores")
+            sub.add_argument("--delete", action="store_true", help="take the tag off")
         elif verb == "report":
             sub.add_argument("--output", metavar="FILE", help="default: report.html in the root")
         else:
@@ -112,7 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     from factory.store import DamagedData, DatasetBusy, NotFinished
 
     try:
-        return {"config": _config, "status": _status, "report": _report}.get(args.verb, _run)(args)
+        own = {"config": _config, "status": _status, "report": _report}
+        own |= {"verify": _verify, "tag": _tag, "compact": _compact}
+        return own.get(args.verb, _run)(args)
     except (ValueError, FileNotFoundError) as error:
         cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
         print(f"factory: {cause}", file=sys.stderr)
@@ -224,6 +247,42 @@ def _run(args: argparse.Namespace) -> int:
     sources = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
     failed = any(row["status"] in ("failed", "partial") for row in sources if row["source_id"] in built)
     return SOURCES_FAILED if failed and not args.allow_failures else DONE
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from factory.verify import verify
+
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        report = verify(_store(args.root))
+    print(json.dumps(asdict(report)) if args.json else report)
+    return UNFINISHED if report.damaged else DONE
+
+
+def _tag(args: argparse.Namespace) -> int:
+    from factory import tags
+
+    store = _store(args.root)
+    store.table("samples")  # an absent dataset is an error, not a new one
+    if args.name is not None:
+        with store.lock():
+            tags.delete(store, args.name) if args.delete else tags.tag(store, args.name)
+    print(tags.describe(tags.tags(store)))
+    return DONE
+
+
+def _compact(args: argparse.Namespace) -> int:
+    from factory import schema
+    from factory.compact import ROWS, compact
+    from factory.config import micro
+
+    store, older_than = _store(args.root), timedelta(days=args.older_than)
+    # a fragment of samples stays a unit of work of the sketch and caption stages
+    rows = {"samples": (_kept(store) or micro()).samples_per_unit}
+    with store.lock():
+        for name in schema.TABLES:
+            done = compact(store, name, rows=rows.get(name, ROWS), older_than=older_than)
+            print(f"compact  {name}: {done}", flush=True)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from factory import metrics, quality, schema, tasks
+from factory.committer import Committer, check_keys
 from factory.config import FactoryConfig
 from factory.sources import FACTS, segments_of
 from factory.stage import FILM, PICTURES, Progress, Row, run, run_tasks, update
-from factory.store import Committer, NotFinished, Store, check_keys
+from factory.store import NotFinished, Store
 
 
 def build(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from factory import metrics
+from factory.committer import Committer
 from factory.config import FactoryConfig
-from factory.store import Committer, Store
+from factory.store import Store
 
 Row = dict[str, Any]
 _SECONDS_BETWEEN_LINES = 5

@@ -1,4 +1,4 @@
-"""The whole factory on Ray: films to tables, twice, killed in between, with bad files, and decided again."""
+"""The whole factory on Ray: films to tables, twice, with bad files, and decided again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import lance
@@ -101,48 +97,6 @@ def test_building_twice_adds_nothing(small_dataset: Path, films: Path, capsys: p
     assert contents(small_dataset) == before
     assert {name: store.table(name).version for name in schema.TABLES} == versions
     assert "nothing to do" in capsys.readouterr().out
-
-
-_DRIVER = """
-    import os, signal, sys
-    import factory.store as s
-    from factory.__main__ import main
-
-    def die(*_, **__):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    commit, count = s.Committer._commit, 0
-
-    def dies_before(self, operation, units):
-        global count
-        if self._name == sys.argv[1] and units:
-            die()
-        return commit(self, operation, units)
-
-    s.Committer._commit = dies_before
-    main(sys.argv[2:])
-"""
-
-
-@pytest.mark.parametrize("table", ["candidates", "samples"])
-def test_killed_between_write_and_commit_then_run_again_equals_the_undisturbed_run(
-    table: str, ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "root"
-    sets = [part for override in OVERRIDES for part in ("--set", override)]
-    arguments = ["build", str(films), "--root", str(root), *sets]
-    driver = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_DRIVER), table, *arguments],
-        cwd=REPO,
-        env={**os.environ, "RAY_ADDRESS": ray_session},
-        timeout=180,
-    )
-    assert driver.returncode == -signal.SIGKILL
-    store = Store(str(root))
-    assert store.ledger(table)  # written
-    assert store.table(table).count_rows() == 0  # and not committed
-    pipeline.build(store, find_sources([str(films)]), _config())
-    assert contents(root) == contents(small_dataset)
 
 
 def test_bad_files_are_rows_and_their_neighbours_are_complete(

@@ -10,7 +10,8 @@ import pytest
 
 from factory import report
 from factory.__main__ import main
-from factory.store import Committer, Store
+from factory.committer import Committer
+from factory.store import Store
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from factory import caption, metrics, stage
+from factory.committer import Committer
 from factory.config import micro
 from factory.models import find_model
 from factory.stage import PICTURES, Progress, clock
-from factory.store import Committer, Store
+from factory.store import Store
 
 
 def test_progress_tells_counts_speed_and_time_left_in_whole_lines(
