@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from factory.settings import STRICT
 
-VERSION = "2"  # raised when the same file would give other candidates
+VERSION = "3"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = ("segment_seconds", "decode_threads", "deadline_seconds", "deadline_per_second")
 REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -fflags +genpts OUT.mkv"
