@@ -53,6 +53,35 @@ def write_film(
     return path
 
 
+def join(path: Path, films: list[Path]) -> Path:
+    """Write the packets of `films`, which share a codec and have no B-frames, one film after the other."""
+    with av.open(str(path), "w") as output:
+        stream = None
+        offset = 0
+        for film in films:
+            with av.open(str(film)) as container:
+                source = container.streams.video[0]
+                stream = stream or output.add_stream_from_template(source)
+                packets = [packet for packet in container.demux(source) if packet.size]
+                for packet in packets:
+                    packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, stream
+                    output.mux(packet)
+                offset = packets[-1].pts + packets[-1].duration
+    return path
+
+
+def without_start(film: Path, path: Path, *, packets: int) -> Path:
+    """Copy the packets of `film` without the first `packets` of them."""
+    with av.open(str(film), options={"fflags": "+genpts"}) as container, av.open(str(path), "w") as output:
+        source = container.streams.video[0]
+        stream = output.add_stream_from_template(source)
+        for i, packet in enumerate(container.demux(source)):
+            if packet.size and i >= packets:
+                packet.stream = stream
+                output.mux(packet)
+    return path
+
+
 def patterns(count: int, frames_each: int, size: tuple[int, int] = (320, 180)) -> list[np.ndarray]:
     """`count` shots of `frames_each` frames: random blocks, a new set of them per shot, shifting slowly."""
     frames = []
