@@ -34,20 +34,20 @@ def test_a_generator_runs_to_its_end() -> None:
 @pytest.mark.parametrize("name", ["_spins", "_stops", "_stops_within_a_row"])
 def test_a_worker_that_hangs_is_ended_and_what_it_gave_stays(name: str) -> None:
     start = time.monotonic()
-    rows, error = run(f"{__name__}:{name}", deadline_seconds=4)
+    rows, error = run(f"{__name__}:{name}", deadline_seconds=8)
     assert rows == [1, 2]
-    assert "not finished after 4 s" in error
+    assert "not finished after 8 s" in error
     assert "video.deadline_seconds" in error
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 16
 
 
 def test_a_worker_that_takes_memory_is_ended_and_what_it_gave_stays() -> None:
     start = time.monotonic()
     rows, error = run(f"{__name__}:_takes_memory", memory_limit_mb=300)
-    assert 0 < len(rows) < 10
+    assert 0 < len(rows) < 30
     assert re.match(r"held \d+ MB of memory, more than video.memory_limit_mb=300", error)
     held = int(error.split()[1])
-    assert 300 < held < 600
+    assert 300 < held < 1500
     assert time.monotonic() - start < 20
 
 
