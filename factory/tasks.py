@@ -67,8 +67,9 @@ class DecodeSegment:
     def _decode(self, segment: Segment, deadline: float, rows: list[dict[str, Any]], decoder: str) -> str:
         """Append the segment's candidates to `rows`; return why it can't be read to its end, or nothing."""
         frames = ("factory.candidates:candidate_frames", segment, self._config.video, decoder)
+        limits = {"deadline_seconds": deadline, "memory_limit_mb": self._config.video.memory_limit_mb}
         try:
-            for candidate in worker.run_killable(*frames, deadline_seconds=deadline):
+            for candidate in worker.run_killable(*frames, **limits):
                 rows.append(candidate | {"decode_fingerprint": self._fingerprint})
         except worker.WorkerEnded:
             raise

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from factory.settings import STRICT
 
-VERSION = "2"  # raised when the same file would give other candidates
+VERSION = "3"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
-RUNTIME_ONLY = ("segment_seconds", "decode_threads", "deadline_seconds", "deadline_per_second")
+RUNTIME_ONLY = ("segment_seconds", "decode_threads", "deadline_seconds", "deadline_per_second", "memory_limit_mb")
 REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -fflags +genpts OUT.mkv"
 
 
@@ -41,9 +41,11 @@ class VideoConfig:
     # Time a segment may take before its process is ended: this many seconds and this many per second of film.
     deadline_seconds: float = 120.0
     deadline_per_second: float = 10.0
+    # Memory that a segment's process may hold before it is ended (MB).
+    memory_limit_mb: int = 4000
 
     def __post_init__(self) -> None:
-        for name in ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "deadline_seconds"):
+        for name in ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "deadline_seconds", "memory_limit_mb"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"video.{name} must be above 0, got {getattr(self, name)}.")
         if not 1 <= self.jpeg_quality <= 100:

@@ -19,7 +19,7 @@ from factory.candidates import candidate_frames
 from factory.config import FactoryConfig, micro
 from factory.sources import describe_source, find_sources, segments_of
 from factory.store import Store
-from tests.test_video import patterns, write_film
+from tests.footage import patterns, write_film
 
 REPO = Path(__file__).parent.parent
 OVERRIDES = ["split.holdout=[toon-01.mp4]", "split.validation_share=0"]
