@@ -22,6 +22,9 @@ exit codes: 0 done; 1 not finished, run it again; 2 wrong usage; 3 (build) finis
 Whatever was committed is kept: after a crash, run the same command again."""
 
 
+_SOURCES = "films and still pictures: files, folders, or globs in quotes; local paths, s3:// or gs:// URIs"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m factory",
@@ -42,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
             verb, help=text, description=text, epilog=_EPILOG, formatter_class=parser.formatter_class
         )
         if verb == "build":
-            sub.add_argument("sources", nargs="+", metavar="SOURCES", help="video files, folders, or globs in quotes")
+            sub.add_argument("sources", nargs="+", metavar="SOURCES", help=_SOURCES)
+            sub.add_argument("--sources-file", metavar="FILE", help="YAML that says whose the sources are (README)")
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
         sub.add_argument("--root", required=True, help="folder of the dataset's tables; made if absent")
         if verb == "status":
@@ -81,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from factory import status
     from factory.files import write_atomic
+    from factory.locations import normal
+    from factory.rights import RightsFile
     from factory.settings import absolute, load
     from factory.sources import find_sources
     from factory.store import Store
@@ -99,15 +105,17 @@ def _run(args: argparse.Namespace) -> int:
     if not args.preset and store.settings_file.exists():
         config = load(config, store.settings_file)
     config = load(config, args.config, args.set)
-    paths = []
+    paths, rights = [], None
     if args.verb == "build":
         paths = find_sources([absolute(source, "SOURCES") for source in args.sources])
+        if args.sources_file:
+            rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
     with ray_session(), store.lock():
         built: set[str] = set()
         if args.verb == "build":
-            built = pipeline.build(store, paths, config)
+            built = pipeline.build(store, paths, config, rights)
         else:
             getattr(pipeline, args.verb)(store, config)
         write_atomic(store.settings_file, json.dumps(asdict(config), indent=2) + "\n")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from factory.sources import time_stamps
+from factory.sources import open_film, time_stamps
 from factory.video import REMUX, Segment, VideoConfig
 
 Decoded = tuple[int, float, float, np.ndarray]  # index, timestamp s, average fps, RGB frame
@@ -30,12 +30,11 @@ def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
 
 def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     """Yield what `decode` does, one frame after the other, up to the very frame that can't be read."""
-    import av
     from av.error import FFmpegError
 
     times, first, last = _bounds(segment, config)
     index = first - 1
-    with av.open(segment.uri) as container:
+    with open_film(segment.uri) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = config.decode_threads
         fps = float(stream.average_rate or 0)
@@ -58,9 +57,7 @@ def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
 
 def _bounds(segment: Segment, config: VideoConfig) -> tuple[np.ndarray, int, int]:
     """Return the stream's time stamps (s) of the film's frames, and the range of them that decides the segment."""
-    import av
-
-    with av.open(segment.uri) as container:
+    with open_film(segment.uri) as container:
         times = np.asarray(time_stamps(container)[0])
     if np.any(np.diff(times) <= 0):
         raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")

@@ -28,7 +28,7 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
     cls = type(preset)
     if file is not None:
         text = Path(file).read_text()
-        layer = _yaml(text, f"config file {file}")
+        layer = parse_yaml(text, f"config file {file}")
         if not isinstance(layer, Mapping):
             raise ValueError(f"Config file {file} must hold a mapping of settings, found {type(layer).__name__}.")
         _merge(values, layer, cls, "")
@@ -36,10 +36,22 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
         key, sign, text = item.partition("=")
         if not sign or not key:
             raise ValueError(f"--set takes key=value, such as selection.min_sharpness=80; got {item!r}.")
-        layer = _yaml(text, f"--set {item}")
+        layer = parse_yaml(text, f"--set {item}")
         for part in reversed(key.split(".")):
             layer = {part: layer}
         _merge(values, layer, cls, "")
+    return from_dict(cls, values)
+
+
+def layered(preset: T, layer: Mapping[Any, Any]) -> T:
+    """Return `preset` with `layer` laid over it. ValueError as of `load`."""
+    values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
+    _merge(values, layer, type(preset), "")
+    return from_dict(type(preset), values)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return the settings `cls` with these `values`, nested as in `dataclasses.asdict`. ValueError names a bad one."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -48,7 +60,8 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
         raise ValueError(f"Setting {where}: {first['msg']} (got {first['input']!r}).") from None
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what YAML `text` holds. ValueError, beginning with `where`, when it is none."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -7,12 +7,13 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from factory.config import FactoryConfig
 from factory.store import Committer, Store
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def run(
@@ -20,7 +21,7 @@ def run(
 ) -> list[Row]:
     """Run `task` over `rows`, hand each entry to the committer as it comes, and publish all of them.
 
-    Return the answers that are errors: what they stand for is not done.
+    Return the errors: answers that are one, and those that an entry has as `unread`. What they stand for is not done.
     """
     progress = Progress(stage, noun, len(rows))
     failures: list[Row] = []
@@ -29,6 +30,7 @@ def run(
         if "error" in entry:
             failures.append(entry)
         else:
+            failures += entry.pop("unread", [])
             committer.add(entry)
         progress.step(entry.get("rows", 0))
     committer.flush()
@@ -48,6 +50,11 @@ def run_tasks(task: Callable, rows: list[dict[str, Any]], config: FactoryConfig)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, too
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(task, num_cpus=config.num_cpus)
     yield from data.iter_rows()
+
+
+def in_lots(items: list[T], size: int) -> list[list[T]]:
+    """Return `items` in lists of `size`, the last one shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def update(store: Store, name: str, rows: list[dict[str, Any]]) -> None:

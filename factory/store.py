@@ -20,7 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,11 @@ class Store:
             handle.flush()
             yield
 
-    def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]], parts: Sequence[str] = ()) -> dict[str, Any]:
         """Write `rows` of table `name` as uncommitted fragments and enter them into the ledger; return the entry.
 
-        Called by workers, any number of times for one unit: an entry that is there already is kept.
+        Called by workers, any number of times for one unit: an entry that is there already is kept. A unit may be made
+        of `parts`, units themselves, which another unit may hold too: of two such units one is committed.
         """
         path = self._ledger_file(name, unit)
         if path.exists():
@@ -140,7 +141,14 @@ class Store:
         files = {
             str(file.relative_to(self.uri(name))): _settled(file) for f in fragments for file in self._files(name, f)
         }
-        entry = {"unit": unit, "rows": len(rows), "fragments": [f.to_json() for f in fragments], "files": files}
+        held = [unit, *parts]
+        entry = {
+            "unit": unit,
+            "units": held,
+            "rows": len(rows),
+            "fragments": [f.to_json() for f in fragments],
+            "files": files,
+        }
         write_atomic(path, json.dumps(entry))
         return entry
 
@@ -163,6 +171,11 @@ class Store:
             raise StoreError(f"Table {self.uri(name)} has no fragment {fragment_id} any more. Run the command again.")
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
         return {"unit": f"update-{fragment_id}", "rows": 0, "updated": metadata.to_json(), "fields": list(fields)}
+
+    def remove(self, name: str, keys: set[str]) -> None:
+        """Remove the rows with these keys (of no special characters) from table `name`, in one transaction."""
+        if keys:
+            self.table(name).delete(f"{schema.KEYS[name]} IN ({', '.join(repr(key) for key in sorted(keys))})")
 
     def committed_units(self, name: str) -> set[str]:
         """Return the units named by the transactions in the history of table `name`, or by its rows.
@@ -214,7 +227,7 @@ class Committer:
         self.done = store.committed_units(name)
         self._queue: list[dict[str, Any]] = []
         for entry in store.ledger(name):
-            if entry["unit"] in self.done:
+            if not self.done.isdisjoint(entry["units"]):
                 store._strike(name, entry["unit"])
             else:
                 self._queue.append(entry)
@@ -231,9 +244,14 @@ class Committer:
         updates = [entry for entry in self._queue if "updated" in entry]
         appended = {entry["unit"]: entry for entry in self._queue if "updated" not in entry}
         self._queue = []
-        appended = {unit: entry for unit, entry in appended.items() if unit not in self.done}
-        if appended:
-            self._append(appended)
+        fresh: dict[str, dict[str, Any]] = {}
+        taken = set(self.done)
+        for unit, entry in appended.items():
+            if taken.isdisjoint(entry["units"]):
+                fresh[unit] = entry
+                taken.update(entry["units"])
+        if fresh:
+            self._append(fresh)
         if updates:
             operation = LanceOperation.Update(
                 updated_fragments=[FragmentMetadata.from_json(json.dumps(entry["updated"])) for entry in updates],
@@ -257,7 +275,8 @@ class Committer:
             FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
         ]
         before = self._store.table(self._name).count_rows()
-        self._commit(LanceOperation.Append(fragments), sorted(entries))
+        units = sorted(unit for entry in entries.values() for unit in entry["units"])
+        self._commit(LanceOperation.Append(fragments), units)
         after = self._store.table(self._name).count_rows()
         rows = sum(entry["rows"] for entry in entries.values())
         if after != before + rows:

@@ -271,6 +271,6 @@ def test_find_sources(tmp_path: Path) -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="jpeg_quality"):
         VideoConfig(jpeg_quality=0)
-    segment = Segment(source_id="0" * 64, uri="x", start=0, end=1.5)
+    segment = Segment(source_id="0" * 64, uri="x", start=0, end=1.5, modified_ns=0)
     assert segment.segment_id == "0000000000000000@0-1500000"
     assert replace(segment, start=1.0).segment_id != segment.segment_id
