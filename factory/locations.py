@@ -125,6 +125,8 @@ def stamp(location: str) -> tuple[int, int]:
             raise FileNotFoundError("there is no such object")
         return info.size, info.mtime_ns
     found = os.stat(location)
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError("it is a folder that may not be listed")
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is no regular file")
     return found.st_size, found.st_mtime_ns

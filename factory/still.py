@@ -26,7 +26,9 @@ def facts(file: BinaryIO) -> dict[str, Any]:
     A picture is a film of one frame. ValueError or OSError, in words, for what is refused.
     """
     with _opened(file) as image:
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        # Asked for the EXIF of a PNG that has none in front, Pillow decodes the pixels to look behind them.
+        asked = image.format != "PNG" or "exif" in image.info
+        turned = asked and image.getexif().get(_ORIENTATION, 1) >= 5
         width, height = reversed(image.size) if turned else image.size
         name = str(image.format).lower()
         return {

@@ -141,10 +141,9 @@ class Store:
         files = {
             str(file.relative_to(self.uri(name))): _settled(file) for f in fragments for file in self._files(name, f)
         }
-        held = [unit, *parts]
         entry = {
             "unit": unit,
-            "units": held,
+            "units": [unit, *parts],
             "rows": len(rows),
             "fragments": [f.to_json() for f in fragments],
             "files": files,
