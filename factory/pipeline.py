@@ -128,8 +128,10 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
         reasons = [f"after {row['timestamp']:.2f} s, {row['reason']}" for row in failed]
         reasons += [errors[key]] if key in errors else []
         missing = any(segment.segment_id not in done for segment in segments_of(source))
+        if missing and key not in errors:
+            continue  # this run did not try it: what an earlier one said of it stands
         facts = {
-            "status": ("partial" if good else "failed") if reasons else "pending" if missing else "ok",
+            "status": ("partial" if good else "failed") if reasons else "ok",
             "error": reasons[0] if reasons else None,
             "shots": len({row["shot"] for row in good}),
             "candidates": len(good),
