@@ -26,7 +26,7 @@ def normal(location: str) -> str:
     """Return `location` as it is recorded: an absolute path, or an object-store URI with its path percent-encoded.
 
     A file:// URI becomes a path. ValueError for any other scheme, and for credentials or options in a URI, which would
-    be recorded with it.
+    be recorded with it; its words don't repeat them.
     """
     scheme, sign, rest = location.partition("://")
     if not sign or "/" in scheme:
@@ -35,15 +35,15 @@ def normal(location: str) -> str:
         return os.path.abspath(unquote(rest))
     if scheme not in _OPTIONS:
         raise ValueError(
-            f"{location!r} cannot be a source. Give local paths, file:///, {' or '.join(f'{s}://' for s in _OPTIONS)}"
-            " URIs; download anything else first."
+            f"A {scheme}:// address cannot be a source. Give local paths, or file:///, s3:// or gs:// URIs; download "
+            "anything else first."
         )
     parts = urlsplit(location.replace("#", "%23"))
     if parts.query or not re.fullmatch(r"[\w.-]+", parts.netloc):
         raise ValueError(
-            f"{location!r} cannot be a source. Give bucket and path: {scheme}://bucket/folder/film.mkv. Credentials, "
-            "region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); write a ? in a "
-            "name as %3F."
+            f"This {scheme}:// URI cannot be a source. Give bucket and path alone: {scheme}://bucket/folder/film.mkv. "
+            "Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); "
+            "write a ? in a name as %3F."
         )
     return f"{scheme}://{parts.netloc}{quote(parts.path.rstrip('/'), safe='/%*[]!')}"
 

@@ -22,7 +22,7 @@ from factory.config import FactoryConfig, micro
 from factory.picture import decode_image
 from factory.sources import describe_source, find_sources, segments_of
 from factory.split import SplitConfig, split_of
-from factory.store import Store
+from factory.store import Committer, Store
 from factory.video import VideoConfig
 
 UNITS = "animesketch.units"  # of a transaction's properties
@@ -208,6 +208,21 @@ def test_a_folder_is_decoded_in_units_of_many(ray_session: str, folder: Path, tm
         assert len([u for u in named if u.startswith("pictures-")]) == -(-8 // size)
     assert tables[0] == tables[1]
     assert len(tables[0]) == 8
+
+
+def test_of_two_units_that_share_a_picture_one_is_committed(tmp_path: Path) -> None:
+    """As a killed run leaves them whose task went on, when a picture was added in between."""
+    store = Store(str(tmp_path))
+    store.create()
+    for name, parts in (("pictures-a", "xy"), ("pictures-b", "yz"), ("pictures-c", "z")):
+        rows = [{"frame_id": part, "source_id": part, "segment_id": part} for part in parts]
+        store.write_unit("candidates", name, rows, list(parts))
+    assert Committer(store, "candidates", every=8).done == {"pictures-a", *"xy", "pictures-c", "z"}
+    store.write_unit("candidates", "pictures-d", [], ["x"])
+    assert Committer(store, "candidates", every=8).done == {"pictures-a", *"xy", "pictures-c", "z"}
+    assert not store.ledger("candidates")
+    keys = store.table("candidates").to_table(columns=["frame_id"])["frame_id"].to_pylist()
+    assert sorted(keys) == ["x", "y", "z"]
 
 
 def test_a_picture_that_ends_its_process_is_a_failed_row_and_its_neighbours_are_complete(

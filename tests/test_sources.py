@@ -64,8 +64,9 @@ def test_folders_files_and_globs_are_found(tmp_path: Path) -> None:
     ],
 )
 def test_only_paths_and_object_stores_are_sources(location: str) -> None:
-    with pytest.raises(ValueError, match="cannot be a source"):
+    with pytest.raises(ValueError, match="cannot be a source") as error:
         find_sources([location])
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("location", ["concat:a.mp4|b.mp4", "subfile,,start,0,end,9,,:a.mp4", "pipe:0"])
@@ -222,6 +223,7 @@ def test_a_source_that_changed_in_a_build_is_recorded_and_taken_up_by_the_next(
         write_film(films / name, patterns(3 + i, 12))
     picture = films / "goes.jpg"
     shutil.copy(REPO / "docs/demo.jpg", picture)
+    (films / "late.mp4").symlink_to(tmp_path / "late")
     store, describe = Store(str(tmp_path / "root")), pipeline.add_sources
     store.create()
 
@@ -241,21 +243,24 @@ def test_a_source_that_changed_in_a_build_is_recorded_and_taken_up_by_the_next(
         "grows.mp4": "failed",
         "goes.mp4": "failed",
         "goes.jpg": "failed",
+        "late.mp4": "failed",
     }
     assert "changed after it was hashed" in rows["grows.mp4"]["error"]
     assert all("No such file" in rows[name]["error"] for name in ("goes.mp4", "goes.jpg"))
 
     (tmp_path / "aside").rename(films / "goes.mp4")
     (tmp_path / "picture").rename(picture)
+    write_film(tmp_path / "late.mkv", patterns(1, 12)).rename(tmp_path / "late")
     pipeline.decode(store, find_sources([str(films)]), _config())
     found = [(Path(r["uri"]).name, r["status"]) for r in store.table("sources").to_table().to_pylist()]
-    # what grew is another source; what it was cannot be read any more
+    # what grew is another source: what it was cannot be read any more; what could not be read at all is one row now
     assert sorted(found) == [
         ("goes.jpg", "ok"),
         ("goes.mp4", "ok"),
         ("good.mp4", "ok"),
         ("grows.mp4", "failed"),
         ("grows.mp4", "ok"),
+        ("late.mp4", "ok"),
     ]
 
 
