@@ -73,6 +73,9 @@ Whatever was committed is kept: after a crash, run the same command again."""
 _ON_A_CLUSTER = 'ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime'
 
 
+_SOURCES = "films and still pictures: files, folders, or globs in quotes; local paths, s3:// or gs:// URIs"
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     examples = [f"  python -m factory {examples[0]}" for _, examples in _VERBS.values()]
@@ -87,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         lines = ["examples:", *(f"  python -m factory {example}" for example in examples), "", _EXIT_CODES]
         sub = verbs.add_parser(verb, help=text, description=text, epilog="\n".join(lines), formatter_class=raw)
         if verb == "build":
-            sub.add_argument("sources", nargs="+", metavar="SOURCES", help="video files, folders, or globs in quotes")
+            sub.add_argument("sources", nargs="+", metavar="SOURCES", help=_SOURCES)
+            sub.add_argument("--sources-file", metavar="FILE", help="YAML that says whose the sources are (README)")
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
         made = "; made if absent" if verb == "build" else ""
         sub.add_argument("--root", required=verb != "config", help=f"folder of the dataset's tables{made}")
@@ -221,21 +225,25 @@ def _report(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from factory import pipeline, status
+    from factory.locations import normal
+    from factory.rights import RightsFile
     from factory.session import ray_session
     from factory.settings import absolute
     from factory.sources import find_sources
 
     store = _store(args.root)
     config = _settings(args, store)
-    paths = []
+    paths, rights = [], None
     if args.verb == "build":
         paths = find_sources([absolute(source, "SOURCES") for source in args.sources])
+        if args.sources_file:
+            rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
     with ray_session(), store.lock():
         built: set[str] = set()
         if args.verb == "build":
-            built = pipeline.build(store, paths, config)
+            built = pipeline.build(store, paths, config, rights)
         else:
             getattr(pipeline, args.verb)(store, config)
     counts = status.funnel(store)

@@ -1,18 +1,25 @@
-"""Candidates: the best frame of each shot of a segment, encoded, with its scores; run in a killable process."""
+"""Candidates: the best frame of each shot of a segment, or a still picture, encoded, with its scores.
+
+Run in a killable process.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import cv2
+import numpy as np
 
-from factory import quality
+from factory import quality, still
 from factory.decode import decode, decode_in_order
+from factory.fetch import SourceChanged, check_unchanged
+from factory.locations import copy_stream
 from factory.picture import encode_jpeg
 from factory.schema import frame_id
-from factory.shots import Shot, find_shots
+from factory.shots import find_shots
 from factory.video import Segment, VideoConfig
 
 
@@ -29,24 +36,74 @@ def candidate_frames(
     frames = {"decord": decode, "av": decode_in_order}[decoder](segment, config)
     for shot in find_shots(frames, config, until=segment.end):
         if shot.start >= segment.start:
-            yield _row(segment, shot, config)
+            best = shot.best
+            at = {"index": best.index, "timestamp": best.timestamp, "start": shot.start, "end": shot.end}
+            yield _row(segment, best.image, config, **at)
 
 
-def _row(segment: Segment, shot: Shot, config: VideoConfig) -> dict[str, Any]:
-    frame = shot.best
-    jpeg = encode_jpeg(frame.image, config.jpeg_quality)
+def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator[dict[str, Any]]:
+    """Yield one `candidates` row per segment, each of a still picture, in order; failed where it is damaged.
+
+    In place of the row of a picture that is gone, changed or can't be reached: {"source_id", "error"}.
+    """
+    cv2.setNumThreads(1)
+    for segment in segments:
+        try:
+            data = _read_unchanged(segment)
+        except OSError as error:
+            yield {"source_id": segment.source_id, "error": f"decode: {error.strerror or error}"}
+            continue
+        try:
+            row = _row(segment, still.decode(data), config)
+        except Exception as error:  # any file may be here: the libraries' own errors are many
+            row = failed_candidate(segment, 0.0, " ".join(str(error).split()))
+        yield row
+
+
+def failed_candidate(segment: Segment, after: float, reason: str) -> dict[str, Any]:
+    """Return the `candidates` row that says from where on, in s, a segment could not be read."""
     return {
-        "frame_id": frame_id(segment.source_id, frame.timestamp),
+        # a microsecond later: no frame has this time stamp
+        "frame_id": frame_id(segment.source_id, after + 1e-6),
         "source_id": segment.source_id,
         "segment_id": segment.segment_id,
-        "frame_index": frame.index,
-        "timestamp": frame.timestamp,
-        "shot": frame_id(segment.source_id, shot.start),
-        "shot_start": shot.start,
-        "shot_end": shot.end,
-        "width": frame.image.shape[1],
-        "height": frame.image.shape[0],
+        "timestamp": after,
+        "status": "failed",
+        "reason": f"decode: {reason}",
+    }
+
+
+def _read_unchanged(segment: Segment) -> bytes:
+    check_unchanged(segment)
+    data = io.BytesIO()
+    if copy_stream(segment.uri, data) != segment.source_id:
+        raise SourceChanged(f"{segment.uri} changed after it was hashed. Build again.")
+    return data.getvalue()
+
+
+def _row(
+    segment: Segment,
+    image: np.ndarray,
+    config: VideoConfig,
+    *,
+    index: int = 0,
+    timestamp: float = 0.0,
+    start: float = 0.0,
+    end: float = 0.0,
+) -> dict[str, Any]:
+    jpeg = encode_jpeg(image, config.jpeg_quality)
+    return {
+        "frame_id": frame_id(segment.source_id, timestamp),
+        "source_id": segment.source_id,
+        "segment_id": segment.segment_id,
+        "frame_index": index,
+        "timestamp": timestamp,
+        "shot": frame_id(segment.source_id, start),
+        "shot_start": start,
+        "shot_end": end,
+        "width": image.shape[1],
+        "height": image.shape[0],
         "image": jpeg,
         "image_sha256": hashlib.sha256(jpeg).hexdigest(),
-        **quality.scores(frame.image),
+        **quality.scores(image),
     }

@@ -25,7 +25,7 @@ class Committer:
         self._digests.record_if_new(store.table(name).version)
         self._queue: list[dict[str, Any]] = []
         for entry in store.ledger(name):
-            if entry["unit"] in self.done:
+            if not self.done.isdisjoint(entry["units"]):
                 store.strike(name, entry["unit"])
             else:
                 self._queue.append(entry)
@@ -40,14 +40,20 @@ class Committer:
     def flush(self) -> None:
         """Commit what is queued: appended units in one transaction, updated fragments in one.
 
-        Raises DamagedData when a fragment's file is gone, or a row is in the table already: then nothing is published.
+        Of two units that share a part, the one that came first is published. Raises DamagedData when a fragment's file
+        is gone, or a row is in the table already: then nothing is.
         """
         updates = [entry for entry in self._queue if "updated" in entry]
         appended = {entry["unit"]: entry for entry in self._queue if "updated" not in entry}
         self._queue = []
-        appended = {unit: entry for unit, entry in appended.items() if unit not in self.done}
-        if appended:
-            self._append(appended)
+        fresh: dict[str, dict[str, Any]] = {}
+        taken = set(self.done)
+        for unit, entry in appended.items():
+            if taken.isdisjoint(entry["units"]):
+                fresh[unit] = entry
+                taken.update(entry["units"])
+        if fresh:
+            self._append(fresh)
         if updates:
             operation = LanceOperation.Update(
                 updated_fragments=[FragmentMetadata.from_json(json.dumps(entry["updated"])) for entry in updates],
@@ -73,7 +79,7 @@ class Committer:
             FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
         ]
         before = self._store.table(self._name).count_rows()
-        self._commit(LanceOperation.Append(fragments), sorted(entries))
+        self._commit(LanceOperation.Append(fragments), sorted(u for entry in entries.values() for u in entry["units"]))
         after, found = self._store.table(self._name).count_rows(), self._count(keys)
         if after != before + len(keys) or found != len(keys):
             raise DamagedData(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lance
 import pyarrow as pa
 
-FORMAT = "1"  # raised when a reader of the older tables would be wrong
+FORMAT = "2"  # raised when a reader of the older tables would be wrong
 STORAGE_VERSION = "2.2"  # the first Lance file format with blob v2 columns
 EMBEDDING = "layout-8x8-rgb"  # recorded in the table's metadata; a table with another one is refused
 EMBEDDING_SIZE = 192
@@ -48,6 +48,7 @@ SOURCES = _table(
     pa.field("start_time", pa.float64()),  # s, the container's own offset
     pa.field("duration", pa.float64()),  # s
     pa.field("size_bytes", pa.int64()),
+    pa.field("modified_ns", pa.int64()),  # since 1970; size and this unchanged: the file is not hashed again
     pa.field("title", pa.string()),
     pa.field("rights_holder", pa.string()),
     pa.field("licence", pa.string()),  # "unknown" unless the user says otherwise

@@ -54,6 +54,13 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
     return from_dict(cls, values)
 
 
+def layered(preset: T, layer: Mapping[Any, Any]) -> T:
+    """Return `preset` with `layer` laid over it. ValueError as of `load`."""
+    values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
+    _merge(values, layer, type(preset), "")
+    return from_dict(type(preset), values)
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return the settings `cls` with these `values`, nested as in `dataclasses.asdict`. ValueError names a bad one."""
     try:

@@ -1,22 +1,22 @@
-"""Sources: what files, folders and globs name, each one's identity and container facts, and its segments."""
+"""Sources: what files, folders and globs name, each one's identity and facts, and its segments."""
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
-import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from factory.files import sha256_file
+from factory import still
+from factory.locations import copy_stream, find_files, normal, open_binary, path_of, stamp
 from factory.video import REMUX, Segment, VideoConfig
 
 # Columns of a `sources` row that describe what is in the file.
 FACTS = ("container", "codec", "width", "height", "fps", "start_time", "duration", "segment_starts", "status")
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
-
-# Demuxers of FFmpeg's that files may need; those of playlists, which open other files and addresses, are left out.
+# Demuxers of FFmpeg's that films may need; those of playlists, which open other files and addresses, are left out.
 FORMATS = ("mov", "matroska", "avi", "flv", "gif", "asf", "ogg", "ivf", "nut", "mxf", "rm", "mpegts", "mpeg")
+_BUFFER = 4 << 20  # bytes read at once: few requests where the film is in an object store
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
 TO_SDR = (
     "Tone-map it: ffmpeg -i IN -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,"
@@ -30,44 +30,63 @@ class Refused(ValueError):
 
 
 def find_sources(patterns: list[str]) -> list[str]:
-    """Return the absolute paths of the videos that files, folders and globs name, sorted, each once.
+    """Return the locations of the films and still pictures that files, folders and globs name, sorted, each once.
 
-    Raises FileNotFoundError for a pattern that names nothing.
+    Raises FileNotFoundError for a pattern that names nothing, ValueError for one that is no path and no URI of a known
+    object store.
     """
+    suffixes = (*SUFFIXES, *still.SUFFIXES)
     found: set[str] = set()
     for pattern in patterns:
-        if os.path.isdir(pattern):
-            here = [str(p) for p in Path(pattern).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-        elif os.path.isfile(pattern):
-            here = [pattern]
-        else:
-            here = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
+        here = find_files(normal(pattern), suffixes)
         if not here:
             raise FileNotFoundError(
-                f"No video at {pattern!r}. Give files, folders or globs; in folders these count: {', '.join(SUFFIXES)}."
+                f"No video at {pattern!r}, nor a picture. Give files, folders or globs; in folders these count: "
+                f"{', '.join(suffixes)}."
             )
-        found.update(os.path.abspath(p) for p in here)
+        found |= here
     return sorted(found)
 
 
+def is_picture(uri: str) -> bool:
+    """Return whether the source at `uri` is a still picture, by the end of its name."""
+    return path_of(uri).suffix.lower() in still.SUFFIXES
+
+
 def describe_source(uri: str, config: VideoConfig) -> dict[str, Any]:
-    """Return the `sources` row of the file `uri`: identity, container facts, segment starts; bad input is a row too."""
-    row: dict[str, Any] = {"uri": uri, "collection": Path(uri).parent.name, "licence": "unknown"}
+    """Return the `sources` row of the file `uri`: identity, facts, segment starts; bad input is a row too."""
+    row: dict[str, Any] = {"uri": uri, "collection": path_of(uri).parent.name, "licence": "unknown"}
     try:
-        row["source_id"] = sha256_file(uri)
-        row["size_bytes"] = os.path.getsize(uri)
-        if not row["size_bytes"]:
-            return row | {"status": "failed", "error": "not a video: the file is empty"}
+        row["size_bytes"], row["modified_ns"] = before = stamp(uri)
+        row["source_id"] = copy_stream(uri)
+        if stamp(uri) != before:
+            raise OSError("it changed while it was read. Build again when it is complete")
     except OSError as error:
-        row["source_id"] = hashlib.sha256(f"uri:{uri}".encode()).hexdigest()
-        return row | {"status": "failed", "error": f"cannot be read: {error.strerror}"}
+        row["source_id"] = unread_id(uri)
+        return row | {"status": "failed", "error": f"cannot be read: {error.strerror or error}"}
+    noun, probe = ("picture", _probe_picture) if is_picture(uri) else ("video", _probe)
+    if not row["size_bytes"]:
+        return row | {"status": "failed", "error": f"not a {noun}: the file is empty"}
     try:
-        return row | _probe(uri, config) | {"status": "pending"}
+        return row | probe(uri, config) | {"status": "pending"}
     except Refused as error:
         return row | {"status": "failed", "error": f"refused: {error}"}
-    except Exception as error:  # any file may be here: the library's own errors are many
+    except Exception as error:  # any file may be here: the libraries' own errors are many
         reason = getattr(error, "strerror", None) or error
-        return row | {"status": "failed", "error": f"not a video that can be opened: {reason}"}
+        return row | {"status": "failed", "error": f"not a {noun} that can be opened: {reason}"}
+
+
+def unread_id(uri: str) -> str:
+    """Return the source_id of what can't be read at `uri`."""
+    return hashlib.sha256(f"uri:{uri}".encode()).hexdigest()
+
+
+def _probe_picture(uri: str, config: VideoConfig) -> dict[str, Any]:
+    size = stamp(uri)[0]
+    if size > still.MAX_BYTES:
+        raise ValueError(f"the file has {size / 1e9:.1f} GB; pictures of up to {still.MAX_BYTES / 1e9:.1f} are read")
+    with open_binary(uri) as file:
+        return still.facts(file)
 
 
 def _probe(uri: str, config: VideoConfig) -> dict[str, Any]:
@@ -96,21 +115,26 @@ def _probe(uri: str, config: VideoConfig) -> dict[str, Any]:
         }
 
 
-def open_film(uri: str) -> Any:
-    """Return the file `uri` opened by PyAV: its bytes alone, never what a playlist in it names.
+@contextlib.contextmanager
+def open_film(uri: str) -> Iterator[Any]:
+    """Yield the PyAV container of the film at `uri`. It reads that file and no other, whatever a playlist in it names.
 
     Raises Refused when its format is none of FORMATS, PyAV's errors when it is damaged.
     """
     import av
     from av.error import ArgumentError
 
-    try:
-        return av.open(uri, options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"})
-    except ArgumentError:
-        raise Refused(
-            f"its format is none of {', '.join(FORMATS)}. Give the films that a playlist names, and rewrite others: "
-            f"ffmpeg -i IN -c copy OUT.mkv"
-        ) from None
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(open_binary(uri))
+        try:
+            container = opened.enter_context(av.open(file, options=options, buffer_size=_BUFFER))
+        except ArgumentError:
+            raise Refused(
+                f"its format is none of {', '.join(FORMATS)}. Give the films that a playlist names, and rewrite "
+                "others: ffmpeg -i IN -c copy OUT.mkv"
+            ) from None
+        yield container
 
 
 def film_stream(container: Any) -> Any:
@@ -153,6 +177,8 @@ def segments_of(source: dict[str, Any]) -> list[Segment]:
     starts = source["segment_starts"] or []
     ends = [*starts[1:], source["duration"] + 1.0] if starts else []
     return [
-        Segment(source_id=source["source_id"], uri=source["uri"], start=start, end=end)
+        Segment(
+            source_id=source["source_id"], uri=source["uri"], start=start, end=end, modified_ns=source["modified_ns"]
+        )
         for start, end in zip(starts, ends, strict=True)
     ]

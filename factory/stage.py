@@ -7,7 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from factory import metrics
 from factory.committer import Committer
@@ -15,6 +15,7 @@ from factory.config import FactoryConfig
 from factory.store import Store
 
 Row = dict[str, Any]
+T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5
 
 
@@ -40,24 +41,24 @@ def run(
 ) -> list[Row]:
     """Run `task` over `rows`, hand each entry to the committer as it comes, and publish all of them.
 
-    Each row has, beside what the task reads, its `amount` of work by `measure`. Return the answers that are errors:
-    what they stand for is not done.
+    Each row has, beside what the task reads, its `amount` of work by `measure`. Return the errors: answers that are
+    one, and those that an entry has as `unread`. What they stand for is not done.
     """
     progress = Progress(stage, noun, len(rows), measure.words, sum(row["amount"] for row in rows))
     failures: list[Row] = []
     for answer in run_tasks(_measured(task), rows, config):
         entry = json.loads(answer["entry"])
-        if "error" in entry:
-            failures.append(entry)
-            metrics.count("failures", stage=stage, kind="unfinished")
-        else:
+        failed = [entry] if "error" in entry else entry.pop("unread", [])
+        failures += failed
+        metrics.count("failures", len(failed), stage=stage, kind="unfinished")
+        if "error" not in entry:
             committer.add(entry)
             metrics.count(measure.counter, answer["amount"], stage=stage)
             metrics.count("rows", entry["rows"], stage=stage)
             metrics.count("written_bytes", sum(entry["files"].values()), stage=stage)
         metrics.count("units", stage=stage)
         metrics.count("stage_seconds", answer["seconds"], stage=stage)
-        progress.step(answer["amount"], rows=entry.get("rows", 0), failed="error" in entry)
+        progress.step(answer["amount"], rows=entry.get("rows", 0), failed=len(failed))
     committer.flush()
     return failures
 
@@ -89,6 +90,11 @@ def run_tasks(task: Callable, rows: list[Row], config: FactoryConfig) -> Iterato
     yield from data.iter_rows()
 
 
+def in_lots(items: list[T], size: int) -> list[list[T]]:
+    """Return `items` in lists of `size`, the last one shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def update(store: Store, name: str, rows: list[Row]) -> None:
     """Change columns of rows (with `_rowaddr`) of table `name` in one transaction."""
     fragments: dict[int, list[Row]] = defaultdict(list)
@@ -116,8 +122,8 @@ class Progress:
         if total == 0:
             print(f"{stage:<8} nothing to do", flush=True)
 
-    def step(self, amount: float = 1, *, rows: int = 0, failed: bool = False) -> None:
-        """Count one unit done, with its amount of work and so many rows."""
+    def step(self, amount: float = 1, *, rows: int = 0, failed: int = 0) -> None:
+        """Count one unit done, with its amount of work, and so many rows and failures."""
         self._done += 1
         self._rows += rows
         self._failed += failed

@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,11 @@ class Store:
             handle.flush()
             yield
 
-    def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]], parts: Sequence[str] = ()) -> dict[str, Any]:
         """Write `rows` of table `name` as uncommitted fragments and enter them into the ledger; return the entry.
 
-        Called by workers, any number of times for one unit: an entry that is there already is kept.
+        Called by workers, any number of times for one unit: an entry that is there already is kept. A unit may be made
+        of `parts`, units themselves, which another unit may hold too: of two such units one is committed.
         """
         path = self._ledger_file(name, unit)
         if path.exists():
@@ -150,6 +151,7 @@ class Store:
         keys = [row[key] for row in rows]
         entry = {
             "unit": unit,
+            "units": [unit, *parts],
             "rows": len(rows),
             "keys": keys,
             "fragments": [f.to_json() for f in fragments],
@@ -195,6 +197,11 @@ class Store:
         files = self.settle(name, [metadata], keys, old={part.path for part in fragment.metadata.files})
         changed = {"updated": metadata.to_json(), "fields": list(fields), "files": files}
         return {"unit": f"update-{fragment_id}", "rows": len(rows)} | changed
+
+    def remove(self, name: str, keys: set[str]) -> None:
+        """Remove the rows with these keys (of no special characters) from table `name`, in one transaction."""
+        if keys:
+            self.table(name).delete(f"{schema.KEYS[name]} IN ({', '.join(repr(key) for key in sorted(keys))})")
 
     def committed_units(self, name: str) -> set[str]:
         """Return the units that the transactions in the history of table `name`, its configuration or its rows name.

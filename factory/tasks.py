@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -14,7 +14,10 @@ import numpy as np
 
 from factory import caption as captions
 from factory import schema, worker
+from factory.candidates import failed_candidate
 from factory.config import FactoryConfig
+from factory.fetch import on_disk
+from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
 from factory.sources import describe_source
@@ -26,14 +29,23 @@ _TRAINING_SIDE = 1024  # long side of training_sketch, pixels
 _THUMBNAIL_HEIGHT = 180  # pixels
 
 
-class DescribeSource:
-    """{"uri"} -> the sources row, as JSON."""
+class DescribeSources:
+    """{"uris"} -> their sources rows, as JSON. Of a known one that did not change, its source_id and uri alone."""
 
-    def __init__(self, config: FactoryConfig) -> None:
+    def __init__(self, config: FactoryConfig, known: list[dict[str, Any]]) -> None:
+        """Take the rows of `known` sources: what still has their size and time of change is not read again."""
         self._config = config
+        self._known = {(row["uri"], row["size_bytes"], row["modified_ns"]): row["source_id"] for row in known}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"json": json.dumps(describe_source(row["uri"], self._config.video))}
+        return {"json": json.dumps([self._describe(uri) for uri in row["uris"]])}
+
+    def _describe(self, uri: str) -> dict[str, Any]:
+        with contextlib.suppress(OSError):  # then it is described, as what cannot be read
+            source_id = self._known.get((uri, *stamp(uri)))
+            if source_id is not None:
+                return {"source_id": source_id, "uri": uri}
+        return describe_source(uri, self._config.video)
 
 
 class DecodeSegment:
@@ -44,25 +56,31 @@ class DecodeSegment:
         self._fingerprint = config.fingerprint("decode")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        segment, limits = Segment(**row), self._config.video
+        segment = Segment(**row)
+        try:
+            with on_disk(segment, self._config.video) as path:
+                rows = self._candidates(replace(segment, uri=path))
+        except (OSError, worker.WorkerEnded) as error:
+            reason = f"decode: {error.strerror or error}" if isinstance(error, OSError) else f"decode: {error}"
+            return {"entry": json.dumps({"error": reason, "source_id": segment.source_id})}
+        entry = self._store.write_unit("candidates", segment.segment_id, rows)
+        return {"entry": json.dumps(entry)}
+
+    def _candidates(self, segment: Segment) -> list[dict[str, Any]]:
+        """Return the segment's candidates, the last one failed where it can't be read to its end."""
+        limits = self._config.video
         deadline = limits.deadline_seconds + limits.deadline_per_second * (segment.end - segment.start)
         rows: list[dict[str, Any]] = []
-        if not os.path.exists(segment.uri):
-            error = f"decode: {segment.uri} is gone. Build again with the path where it is now."
-            return {"entry": json.dumps({"error": error, "source_id": segment.source_id})}
-        try:
-            failure = self._decode(segment, deadline, rows, "decord")
-        except worker.WorkerEnded as error:
-            return {"entry": json.dumps({"error": f"decode: {error}", "source_id": segment.source_id})}
+        failure = self._decode(segment, deadline, rows, "decord")
         if failure:  # once more, with the decoder that gives all that comes before it
             again: list[dict[str, Any]] = []
             with contextlib.suppress(worker.WorkerEnded):
                 failure = self._decode(segment, deadline, again, "av")
                 rows = again
         if failure:
-            rows.append(self._failed(segment, rows, failure))
-        entry = self._store.write_unit("candidates", segment.segment_id, rows)
-        return {"entry": json.dumps(entry)}
+            after = rows[-1]["shot_end"] if rows else segment.start
+            rows.append(failed_candidate(segment, after, failure))
+        return [row | {"decode_fingerprint": self._fingerprint} for row in rows]
 
     def _decode(self, segment: Segment, deadline: float, rows: list[dict[str, Any]], decoder: str) -> str:
         """Append the segment's candidates to `rows`; return why it can't be read to its end, or nothing."""
@@ -70,26 +88,47 @@ class DecodeSegment:
         limits = {"deadline_seconds": deadline, "memory_limit_mb": self._config.video.memory_limit_mb}
         try:
             for candidate in worker.run_killable(*frames, **limits):
-                rows.append(candidate | {"decode_fingerprint": self._fingerprint})
+                rows.append(candidate)
         except worker.WorkerEnded:
             raise
         except worker.WorkerFailed as error:
             return str(error)
         return ""
 
-    def _failed(self, segment: Segment, rows: list[dict[str, Any]], reason: str) -> dict[str, Any]:
-        """The row that says from where on the segment could not be read."""
-        after = rows[-1]["shot_end"] if rows else segment.start
-        return {
-            # a microsecond later: no frame has this time stamp
-            "frame_id": schema.frame_id(segment.source_id, after + 1e-6),
-            "source_id": segment.source_id,
-            "segment_id": segment.segment_id,
-            "timestamp": after,
-            "status": "failed",
-            "reason": f"decode: {reason}",
-            "decode_fingerprint": self._fingerprint,
-        }
+
+class DecodePictures:
+    """Segments that are one still picture each -> their candidates, written as one unit."""
+
+    def __init__(self, store: Store, config: FactoryConfig) -> None:
+        self._store, self._config = store, config
+        self._fingerprint = config.fingerprint("decode")
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        segments = [Segment(**segment) for segment in row["segments"]]
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(segments):
+            failure = self._decode(segments[len(answers) :], answers)
+            if failure:  # once more, alone: was it this picture, or the machine?
+                alone = segments[len(answers)]
+                again = self._decode([alone], answers)
+                answers += [failed_candidate(alone, 0.0, again)] if again else []
+        rows = [answer | {"decode_fingerprint": self._fingerprint} for answer in answers if "error" not in answer]
+        parts = [row["segment_id"] for row in rows]
+        entry = self._store.write_unit("candidates", unit("pictures", parts), rows, parts)
+        return {"entry": json.dumps(entry | {"unread": [answer for answer in answers if "error" in answer]})}
+
+    def _decode(self, segments: list[Segment], answers: list[dict[str, Any]]) -> str:
+        """Append to `answers` one per segment; return why the process ended before the next one, or nothing."""
+        config = self._config.video
+        pictures = ("factory.candidates:picture_candidates", segments, config)
+        deadline = config.deadline_seconds + config.deadline_per_second * len(segments)
+        limits = {"deadline_seconds": deadline, "memory_limit_mb": config.memory_limit_mb}
+        try:
+            for answer in worker.run_killable(*pictures, **limits):
+                answers.append(answer)
+        except worker.WorkerFailed as error:
+            return str(error)
+        return ""
 
 
 class AppendSamples:

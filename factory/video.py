@@ -8,7 +8,16 @@ from factory.settings import STRICT
 
 VERSION = "3"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
-RUNTIME_ONLY = ("segment_seconds", "decode_threads", "deadline_seconds", "deadline_per_second", "memory_limit_mb")
+RUNTIME_ONLY = (
+    "segment_seconds",
+    "decode_threads",
+    "deadline_seconds",
+    "deadline_per_second",
+    "memory_limit_mb",
+    "cache_folder",
+    "cache_gigabytes",
+    "pictures_per_unit",
+)
 REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -fflags +genpts OUT.mkv"
 
 
@@ -43,11 +52,20 @@ class VideoConfig:
     deadline_per_second: float = 10.0
     # Memory that a segment's process may hold before it is ended (MB).
     memory_limit_mb: int = 4000
+    # Where a node keeps films that it fetched from an object store; "" is a folder among the system's temporary ones.
+    cache_folder: str = ""
+    # At most this much is kept there: it must hold the largest film, better one for each task that runs at once.
+    cache_gigabytes: float = 50.0
+    # Still pictures per unit of work.
+    pictures_per_unit: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "deadline_seconds", "memory_limit_mb"):
+        positive = ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "deadline_seconds", "memory_limit_mb")
+        for name in (*positive, "cache_gigabytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"video.{name} must be above 0, got {getattr(self, name)}.")
+        if self.pictures_per_unit < 1:
+            raise ValueError(f"video.pictures_per_unit must be at least 1, got {self.pictures_per_unit}.")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"video.jpeg_quality must lie in 1 to 100, got {self.jpeg_quality}.")
 
@@ -60,6 +78,7 @@ class Segment:
     uri: str
     start: float
     end: float
+    modified_ns: int  # of the file when it was hashed
 
     @property
     def segment_id(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -26,8 +27,7 @@ def whole(path: Path) -> Segment:
 
 def from_second(path: Path, start: float) -> Segment:
     """The film from `start` s on, as a segment in its midst has it."""
-    film = whole(path)
-    return Segment(source_id=film.source_id, uri=film.uri, start=start, end=film.end)
+    return replace(whole(path), start=start)
 
 
 def shown(segment: Segment) -> list[tuple[int, int, float]]:

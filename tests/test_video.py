@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from factory.candidates import candidate_frames
 from factory.picture import decode_image
-from factory.sources import describe_source, find_sources, segments_of
+from factory.sources import describe_source, segments_of
 from factory.video import Segment, VideoConfig
 from tests.footage import patterns, write_film
 
@@ -83,43 +82,9 @@ def test_the_sharpest_frame_of_a_shot_is_chosen(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - frames[15].astype(int)).mean() < 6
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.mp4", b"", "not a video"),
-        ("text.mp4", b"this is no film\n" * 50, "not a video"),
-        ("header.mp4", b"\x00\x00\x00\x18ftypmp42" + bytes(28), "not a video"),
-    ],
-    ids=["empty", "text", "header"],
-)
-def test_what_is_no_film_is_a_failed_row(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    row = describe_source(str(path), VideoConfig())
-    assert row["status"] == "failed"
-    assert message in row["error"]
-    assert len(row["source_id"]) == 64
-
-
-def test_an_unreadable_file_keeps_an_identity(tmp_path: Path) -> None:
-    row = describe_source(str(tmp_path / "gone.mp4"), VideoConfig())
-    assert (row["status"], "cannot be read" in row["error"]) == ("failed", True)
-
-
-def test_find_sources(tmp_path: Path) -> None:
-    for name in ("a.mp4", "b/c.MKV", "b/notes.txt", "-x ;$(y)'.webm"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    names = [os.path.relpath(p, tmp_path) for p in find_sources([str(tmp_path)])]
-    assert names == ["-x ;$(y)'.webm", "a.mp4", "b/c.MKV"]
-    assert len(find_sources([str(tmp_path / "*.mp4"), str(tmp_path / "a.mp4")])) == 1
-    with pytest.raises(FileNotFoundError, match="No video at"):
-        find_sources([str(tmp_path / "*.avi")])
-
-
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="jpeg_quality"):
         VideoConfig(jpeg_quality=0)
-    segment = Segment(source_id="0" * 64, uri="x", start=0, end=1.5)
+    segment = Segment(source_id="0" * 64, uri="x", start=0, end=1.5, modified_ns=0)
     assert segment.segment_id == "0000000000000000@0-1500000"
     assert replace(segment, start=1.0).segment_id != segment.segment_id
