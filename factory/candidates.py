@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import cv2
 
-from factory import quality
+from factory.bars import find_bars
 from factory.decode import decode, decode_in_order
 from factory.picture import encode_jpeg
 from factory.schema import frame_id
+from factory.scores import scores
 from factory.shots import Shot, find_shots
 from factory.video import Segment, VideoConfig
 
@@ -34,7 +35,14 @@ def candidate_frames(
 
 def _row(segment: Segment, shot: Shot, config: VideoConfig) -> dict[str, Any]:
     frame = shot.best
-    jpeg = encode_jpeg(frame.image, config.jpeg_quality)
+    bars = find_bars(cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY))
+    picture = bars.cropped(frame.image) if config.crop_bars else frame.image
+    found = scores(picture)
+    below = found["subtitle_height"]
+    if config.crop_subtitles and below:
+        picture = picture[:-below]
+        found = scores(picture) | {"subtitle_height": below}
+    jpeg = encode_jpeg(picture, config.jpeg_quality)
     return {
         "frame_id": frame_id(segment.source_id, frame.timestamp),
         "source_id": segment.source_id,
@@ -44,9 +52,10 @@ def _row(segment: Segment, shot: Shot, config: VideoConfig) -> dict[str, Any]:
         "shot": frame_id(segment.source_id, shot.start),
         "shot_start": shot.start,
         "shot_end": shot.end,
-        "width": frame.image.shape[1],
-        "height": frame.image.shape[0],
+        "width": picture.shape[1],
+        "height": picture.shape[0],
         "image": jpeg,
         "image_sha256": hashlib.sha256(jpeg).hexdigest(),
-        **quality.scores(frame.image),
+        **{f"bar_{side}": size for side, size in bars._asdict().items()},
+        **found,
     }

@@ -6,9 +6,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 
-from factory import caption, quality, video
+from factory import caption, scores, selection, video
 from factory.caption import CaptionConfig
-from factory.quality import SelectionConfig
+from factory.selection import SelectionConfig
 from factory.settings import STRICT
 from factory.sketch import engine
 from factory.sketch.engine import SketchConfig
@@ -51,8 +51,8 @@ class FactoryConfig:
         """
         found = {name: value for name, value in asdict(self.video).items() if name not in video.RUNTIME_ONLY}
         parts = {
-            "decode": (video.VERSION, quality.VERSION, found),
-            "select": (quality.VERSION, asdict(self.selection)),
+            "decode": (video.VERSION, scores.VERSION, found),
+            "select": (selection.VERSION, asdict(self.selection)),
             "sketch": (engine.VERSION, engine.converter_id(self.sketch), asdict(self.sketch)),
             "caption": (caption.VERSION, asdict(self.caption) | {"model": caption.caption_by(self.caption.model)}),
         }

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
-from factory import quality, schema, tasks
+from factory import schema, selection, tasks
 from factory.config import FactoryConfig
 from factory.sources import FACTS, segments_of
 from factory.stage import Progress, Row, run, run_tasks, update
@@ -114,10 +114,9 @@ def select(store: Store, config: FactoryConfig) -> None:
             f"{states.count('pending')} source(s) are not decoded to their end. Run the same build again."
         )
     fingerprint = config.fingerprints()["select"]
-    names = ["frame_id", "source_id", "status", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
-    names += ["width", "height", "sharpness", "brightness", "contrast", "phash", "embedding"]
+    names = [*selection.COLUMNS, "source_id", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
     candidates = store.table("candidates").to_table(columns=names, with_row_address=True).to_pylist()
-    decisions = quality.select(candidates, config.selection)
+    decisions = selection.select(candidates, config.selection)
     changed = []
     for row in candidates:
         if row["frame_id"] in decisions:
