@@ -9,7 +9,7 @@ import numpy as np
 
 _BLACK = 20  # luma (0..255) up to which a bar is black: encoders and grain lift it from 0
 _LIT = 12  # the picture beside a bar is brighter than _BLACK by this much ...
-_LIT_SHARE = 0.3  # ... over this share of the edge's length
+_LIT_SHARE = 0.3  # ... over this share of both edges' length
 _CELLS = 64  # pieces of an edge that are judged by their mean, so that grain doesn't count
 _SHARES = (0.01, 0.35)  # a bar's least and largest share of the frame's side
 
@@ -50,7 +50,7 @@ def _pair(grey: np.ndarray) -> tuple[int, int]:
     least, most = (share * height for share in _SHARES)
     if min(sizes) < least or max(sizes) > most or max(sizes) - min(sizes) > max(2, least):
         return 0, 0
-    for size, rows in zip(sizes, (cells, cells[::-1]), strict=True):
-        if (rows[size + 1 : size + 4].mean(0) > _BLACK + _LIT).mean() < _LIT_SHARE:
-            return 0, 0
+    edges = [rows[size + 1 : size + 4].mean(0) for size, rows in zip(sizes, (cells, cells[::-1]), strict=True)]
+    if (np.stack(edges) > _BLACK + _LIT).mean() < _LIT_SHARE:
+        return 0, 0
     return sizes[0] + 1, sizes[1] + 1

@@ -41,9 +41,9 @@ class SelectionConfig:
     # Least short side of a frame (pixels).
     min_short_side: int | None = 256
     # Most of the picture that lines of text cover (0 to 1): credits and title cards lie above.
-    max_text_share: float | None = 0.03
+    max_text_share: float | None = 0.01
     # Most of the picture that text in its lower quarter covers (0 to 1): subtitles lie above.
-    max_subtitle_share: float | None = 0.005
+    max_subtitle_share: float | None = 0.002
     # Brightness (mean luma, 0 to 1) must lie between these: black and white frames lie outside.
     min_brightness: float | None = 0.04
     max_brightness: float | None = 0.98
@@ -57,7 +57,7 @@ class SelectionConfig:
     duplicate_hash_bits: int | None = 10
     # Near-duplicates, second step: at most this share of the picture (0 to 1) has changed. An eye or a mouth of a small
     # figure lies below, another expression of a near one above.
-    duplicate_change: float = 0.005
+    duplicate_change: float = 0.004
 
     def __post_init__(self) -> None:
         for name in ("max_text_share", "max_subtitle_share", "min_brightness", "max_brightness", "duplicate_change"):

@@ -11,6 +11,7 @@ BYTES = SIDE * SIDE * 3
 _LUMA, _CHROMA = 16, 16
 _WHITE = 230  # luma from which on cells are alike: brightening clips there
 _OUTLIER = 8  # luma error at which a cell counts half in the fit
+_PRIOR = np.array([4096, 1e-3, 4096, 4096])  # weights of gain 1 and shift 0: they decide where flat cells leave it open
 _GAIN = (0.7, 1.4)  # light that one picture may have more than the other,
 _SHIFT = 0.5  # and cells that it may be shifted by
 
@@ -55,8 +56,9 @@ def changed_share(one: bytes, others: list[bytes]) -> np.ndarray:
     weights = usable.astype(np.float32)
     for _ in range(3):
         weighted = terms * weights[..., None]
-        normal = np.matmul(weighted.transpose(0, 2, 1), terms) + 1e-3 * np.eye(4)
-        fit = np.linalg.solve(normal, (weighted * wanted[:, None]).sum(1)[..., None])
+        normal = np.matmul(weighted.transpose(0, 2, 1), terms) + np.diag(_PRIOR)
+        moment = (weighted * wanted[:, None]).sum(1) + _PRIOR * np.array([1, 0, 0, 0])
+        fit = np.linalg.solve(normal, moment[..., None])
         error = np.minimum(wanted, white) - np.minimum(np.matmul(terms, fit)[..., 0], white)
         weights = usable / (1 + (error / _OUTLIER) ** 2)
     changed = np.abs(error) > _LUMA
