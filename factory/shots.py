@@ -15,6 +15,10 @@ from factory import scores
 from factory.decode import Decoded
 from factory.video import VideoConfig
 
+# A later frame is better only if it is so much sharper: a shot that is shown twice, and encoded twice, then gives the
+# same frame twice, and its second showing is found to be a duplicate.
+_SHARPER = 1.05
+
 
 @dataclass
 class Frame:
@@ -66,7 +70,7 @@ def find_shots(frames: Iterator[Decoded], config: VideoConfig, *, until: float =
             shot = Shot(start=frame.timestamp, end=frame.timestamp, best=frame)
         elif frame.timestamp - shot.start <= config.max_shot_seconds:
             shot.end = frame.timestamp
-            if frame.sharpness > shot.best.sharpness:
+            if frame.sharpness > _SHARPER * shot.best.sharpness:
                 shot.best = frame
 
     failures: list[Exception] = []

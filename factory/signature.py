@@ -11,9 +11,10 @@ BYTES = SIDE * SIDE * 3
 _LUMA, _CHROMA = 16, 16
 _WHITE = 230  # luma from which on cells are alike: brightening clips there
 _OUTLIER = 8  # luma error at which a cell counts half in the fit
-_PRIOR = np.array([4096, 1e-3, 4096, 4096])  # weights of gain 1 and shift 0: they decide where flat cells leave it open
+# Weights of gain 1, no offset, no shift and no zoom: they decide where flat cells leave it open.
+_PRIOR = np.array([4096, 1e-3, 4096, 4096, 4096])
 _GAIN = (0.7, 1.4)  # light that one picture may have more than the other,
-_SHIFT = 0.5  # and cells that it may be shifted by
+_MOVES = (0.5, 0.5, 0.5)  # and cells that it may be shifted by in x and y, and its edges by a zoom
 
 
 def phash(grey: np.ndarray) -> int:
@@ -43,33 +44,40 @@ def changed_share(one: bytes, others: list[bytes]) -> np.ndarray:
     """Return the share of cells (0 to 1) in which signature `one` differs from each of the n `others`: float (n,).
 
     Before they are compared, light and place are fitted: one = gain * other + offset + the other's gradient times a
-    shift, by least squares over luma (a step of Lucas and Kanade 1981, with weights that leave out what has changed).
-    What can't be fitted by a little light or shift is another picture: 1.
+    shift and a zoom, by least squares over luma (a step of Lucas and Kanade 1981, with weights that leave out what has
+    changed). What more light, shift or zoom than a little would be needed for is another picture: 1.
     """
     target = _cells([one])[0]
     found = _cells(others)
     luma, white = found[..., 0], np.float32(_WHITE)
-    slope_y, slope_x = np.gradient(luma, axis=(1, 2))
-    terms = np.stack([luma, np.ones_like(luma), slope_x, slope_y], axis=-1).reshape(len(found), -1, 4)
+    terms = np.stack([luma, np.ones_like(luma), *_moves(luma)], axis=-1).reshape(len(found), SIDE * SIDE, 5)
     wanted = target[..., 0].ravel()
     usable = (wanted < white) & (luma.reshape(len(found), -1) < white)
     weights = usable.astype(np.float32)
     for _ in range(3):
         weighted = terms * weights[..., None]
         normal = np.matmul(weighted.transpose(0, 2, 1), terms) + np.diag(_PRIOR)
-        moment = (weighted * wanted[:, None]).sum(1) + _PRIOR * np.array([1, 0, 0, 0])
+        moment = (weighted * wanted[:, None]).sum(1) + _PRIOR * np.array([1, 0, 0, 0, 0])
         fit = np.linalg.solve(normal, moment[..., None])
         error = np.minimum(wanted, white) - np.minimum(np.matmul(terms, fit)[..., 0], white)
         weights = usable / (1 + (error / _OUTLIER) ** 2)
     changed = np.abs(error) > _LUMA
-    gain, _, x, y = fit[..., 0].T
+    gain, _, *moves = fit[..., 0].T
     for channel in (1, 2):
         chroma = found[..., channel]
-        slope_y, slope_x = np.gradient(chroma, axis=(1, 2))
-        expected = gain[:, None, None] * chroma + x[:, None, None] * slope_x + y[:, None, None] * slope_y
+        expected = sum(
+            share[:, None, None] * term for share, term in zip((gain, *moves), (chroma, *_moves(chroma)), strict=True)
+        )
         changed |= (np.abs(target[..., channel] - expected) > _CHROMA).reshape(changed.shape)
-    near = (gain > _GAIN[0]) & (gain < _GAIN[1]) & (np.maximum(np.abs(x), np.abs(y)) < _SHIFT)
+    near = (gain > _GAIN[0]) & (gain < _GAIN[1]) & (np.abs(moves) < np.array(_MOVES)[:, None]).all(0)
     return np.where(near, changed.mean(1), 1.0)
+
+
+def _moves(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what (n, 32, 32) gains per cell of shift in x and in y, and per cell that a zoom moves its edges."""
+    slope_y, slope_x = np.gradient(cells, axis=(1, 2))
+    place = np.linspace(-1, 1, SIDE, dtype=np.float32)
+    return slope_x, slope_y, place * slope_x + place[:, None] * slope_y
 
 
 def _cells(signatures: list[bytes]) -> np.ndarray:
