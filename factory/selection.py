@@ -41,9 +41,9 @@ class SelectionConfig:
     # Least short side of a frame (pixels).
     min_short_side: int | None = 256
     # Most of the picture that lines of text cover (0 to 1): credits and title cards lie above.
-    max_text_share: float | None = 0.01
+    max_text_share: float | None = 0.02
     # Most of the picture that text in its lower quarter covers (0 to 1): subtitles lie above.
-    max_subtitle_share: float | None = 0.002
+    max_subtitle_share: float | None = 0.003
     # Brightness (mean luma, 0 to 1) must lie between these: black and white frames lie outside.
     min_brightness: float | None = 0.04
     max_brightness: float | None = 0.98
