@@ -34,7 +34,7 @@ _SCORES = (
     pa.field("brightness", pa.float32()),  # mean luma, 0..1
     pa.field("contrast", pa.float32()),  # standard deviation of luma, 0..0.5
     pa.field("entropy", pa.float32()),  # bits of the luma histogram, 0..8
-    pa.field("text_share", pa.float32()),  # of the picture, covered by lines of text, 0..1
+    pa.field("text_share", pa.float32()),  # of the picture, covered by text above its lower quarter, 0..0.75
     pa.field("subtitle_share", pa.float32()),  # of the picture, covered by text in its lower quarter, 0..0.25
 )
 

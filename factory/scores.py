@@ -22,14 +22,14 @@ def scores(image: np.ndarray) -> dict[str, Any]:
     share = np.bincount(grey.ravel(), minlength=256) / grey.size
     share = share[share > 0]
     text = text_mask(grey)
-    lower = text[round((1 - _LOWER) * len(text)) :]
+    upper, lower = np.split(text, [round((1 - _LOWER) * len(text))])
     lines = np.flatnonzero(lower.any(axis=1))
     return {
         "sharpness": sharpness(grey),
         "brightness": float(grey.mean()) / 255,
         "contrast": float(grey.std()) / 255,
         "entropy": float(-(share * np.log2(share)).sum()),
-        "text_share": float(text.mean()),
+        "text_share": float(upper.sum()) / text.size,
         "subtitle_share": float(lower.sum()) / text.size,
         "subtitle_height": round((len(lower) - lines[0]) / len(text) * len(image)) if len(lines) else 0,
         "phash": phash(grey),

@@ -40,7 +40,7 @@ class SelectionConfig:
 
     # Least short side of a frame (pixels).
     min_short_side: int | None = 256
-    # Most of the picture that lines of text cover (0 to 1): credits and title cards lie above.
+    # Most of the picture that text above its lower quarter covers (0 to 1): credits and title cards lie above.
     max_text_share: float | None = 0.02
     # Most of the picture that text in its lower quarter covers (0 to 1): subtitles lie above.
     max_subtitle_share: float | None = 0.003

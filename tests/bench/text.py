@@ -22,7 +22,7 @@ from factory.toon import draw, random_pose, random_scene
 SEEDS = range(100, 160)
 SIZES = ((480, 270), (640, 360), (854, 480), (1280, 720))
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral")
-WORDS = ("I", "never", "thought", "you", "would", "come", "back", "Wait!", "tell", "me", "the", "truth", "Where", "now?")
+WORDS = ("I", "never", "thought", "you", "would", "come", "back", "Wait!", "tell", "me", "the", "truth", "now?")
 
 
 def subtitled(picture: np.ndarray, rng: random.Random) -> np.ndarray:
