@@ -13,12 +13,14 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from factory import quality, still
+from factory import still
+from factory.bars import find_bars
 from factory.decode import decode, decode_in_order
 from factory.fetch import SourceChanged, check_unchanged
 from factory.locations import copy_stream
 from factory.picture import encode_jpeg
 from factory.schema import frame_id
+from factory.scores import scores
 from factory.shots import find_shots
 from factory.video import Segment, VideoConfig
 
@@ -91,7 +93,14 @@ def _row(
     start: float = 0.0,
     end: float = 0.0,
 ) -> dict[str, Any]:
-    jpeg = encode_jpeg(image, config.jpeg_quality)
+    bars = find_bars(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+    picture = bars.cropped(image) if config.crop_bars else image
+    found = scores(picture)
+    below = found["subtitle_height"]
+    if config.crop_subtitles and below:
+        picture = picture[:-below]
+        found = scores(picture) | {"subtitle_height": below}
+    jpeg = encode_jpeg(picture, config.jpeg_quality)
     return {
         "frame_id": frame_id(segment.source_id, timestamp),
         "source_id": segment.source_id,
@@ -101,9 +110,10 @@ def _row(
         "shot": frame_id(segment.source_id, start),
         "shot_start": start,
         "shot_end": end,
-        "width": image.shape[1],
-        "height": image.shape[0],
+        "width": picture.shape[1],
+        "height": picture.shape[0],
         "image": jpeg,
         "image_sha256": hashlib.sha256(jpeg).hexdigest(),
-        **quality.scores(image),
+        **{f"bar_{side}": size for side, size in bars._asdict().items()},
+        **found,
     }

@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from factory import caption, quality, video
+from factory import caption, scores, selection, video
 from factory.caption import CaptionConfig
-from factory.quality import SelectionConfig
+from factory.selection import SelectionConfig
 from factory.settings import STRICT
 from factory.sketch import engine
 from factory.sketch.engine import SketchConfig
@@ -64,9 +64,9 @@ class FactoryConfig:
         """What decides a stage's results, as JSON values; of a model that is its weights' hash, not the path."""
         if stage == "decode":
             found = {name: value for name, value in asdict(self.video).items() if name not in video.RUNTIME_ONLY}
-            return (video.VERSION, quality.VERSION, found)
+            return (video.VERSION, scores.VERSION, found)
         if stage == "select":
-            return (quality.VERSION, asdict(self.selection))
+            return (selection.VERSION, asdict(self.selection))
         if stage == "sketch":
             return (engine.VERSION, engine.converter_id(self.sketch), asdict(self.sketch))
         if stage == "caption":

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
-from factory import metrics, quality, schema, tasks
+from factory import metrics, schema, selection, tasks
 from factory.committer import Committer, check_keys
 from factory.config import FactoryConfig
 from factory.rights import RightsFile
@@ -161,10 +161,9 @@ def select(store: Store, config: FactoryConfig) -> None:
         )
     store.keep_settings(asdict(config))
     fingerprint = config.fingerprint("select")
-    names = ["frame_id", "source_id", "status", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
-    names += ["width", "height", "sharpness", "brightness", "contrast", "phash", "embedding"]
+    names = [*selection.COLUMNS, "source_id", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
     candidates = store.table("candidates").to_table(columns=names, with_row_address=True).to_pylist()
-    decisions = quality.select(candidates, config.selection)
+    decisions = selection.select(candidates, config.selection)
     changed = []
     for row in candidates:
         if row["frame_id"] in decisions:

@@ -34,6 +34,8 @@ _SCORES = (
     pa.field("brightness", pa.float32()),  # mean luma, 0..1
     pa.field("contrast", pa.float32()),  # standard deviation of luma, 0..0.5
     pa.field("entropy", pa.float32()),  # bits of the luma histogram, 0..8
+    pa.field("text_share", pa.float32()),  # of the picture, covered by text above its lower quarter, 0..0.75
+    pa.field("subtitle_share", pa.float32()),  # of the picture, covered by text in its lower quarter, 0..0.25
 )
 
 SOURCES = _table(
@@ -74,8 +76,14 @@ CANDIDATES = _table(
     pa.field("height", pa.int32()),
     lance.blob_field("image"),
     pa.field("image_sha256", pa.string()),
+    pa.field("bar_top", pa.int32()),  # pixels of the decoded frame that black bars cover; cut off by video.crop_bars
+    pa.field("bar_bottom", pa.int32()),
+    pa.field("bar_left", pa.int32()),
+    pa.field("bar_right", pa.int32()),
+    pa.field("subtitle_height", pa.int32()),  # pixels from the lower edge (or bar) to the text's top
     *_SCORES,
     pa.field("phash", pa.int64()),  # 64 bits
+    pa.field("signature", pa.binary()),  # 32x32 cells of luma, Cr, Cb: what duplicates are compared by
     _EMBEDDING,
     pa.field("status", pa.string()),  # kept, dropped, failed; null until a selection has decided
     pa.field("reason", pa.string()),

@@ -11,9 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from factory import quality
+from factory import scores
 from factory.decode import Decoded
 from factory.video import VideoConfig
+
+# A later frame is better only if it is so much sharper: a shot that is shown twice, and encoded twice, then gives the
+# same frame twice, and its second showing is found to be a duplicate.
+_SHARPER = 1.05
 
 
 @dataclass
@@ -66,7 +70,7 @@ def find_shots(frames: Iterator[Decoded], config: VideoConfig, *, until: float =
             shot = Shot(start=frame.timestamp, end=frame.timestamp, best=frame)
         elif frame.timestamp - shot.start <= config.max_shot_seconds:
             shot.end = frame.timestamp
-            if frame.sharpness > shot.best.sharpness:
+            if frame.sharpness > _SHARPER * shot.best.sharpness:
                 shot.best = frame
 
     failures: list[Exception] = []
@@ -79,12 +83,12 @@ def find_shots(frames: Iterator[Decoded], config: VideoConfig, *, until: float =
                 min_content_val=config.min_content_val,
                 min_scene_len=least,
             )
-        small = quality.reduced(image)
+        small = scores.reduced(image)
         grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
         bgr = cv2.cvtColor(cv2.resize(small, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
         cuts.update(cut.frame_num for cut in detector.process_frame(FrameTimecode(index, fps), bgr))
         recent.append(
-            Frame(index, timestamp, image, quality.sharpness(grey), float(grey.mean()) / 255, quality.pattern(grey))
+            Frame(index, timestamp, image, scores.sharpness(grey), float(grey.mean()) / 255, scores.pattern(grey))
         )
         if len(recent) > detector.event_buffer_length + 1:
             yield from closed(recent.popleft())

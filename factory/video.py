@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from factory.settings import STRICT
 
-VERSION = "3"  # raised when the same file would give other candidates
+VERSION = "4"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = (
     "segment_seconds",
@@ -43,6 +43,10 @@ class VideoConfig:
     same_picture: float = 0.9
     # Frames with a mean luma below this (0 to 1) are black: they end a shot and are never chosen.
     black_level: float = 0.03
+    # Cut off the black bars of a letterbox or pillarbox.
+    crop_bars: bool = True
+    # Cut off burned-in subtitles, with all that is beside and below them; else the selection drops such frames.
+    crop_subtitles: bool = False
     # JPEG quality of the stored frame, 4:4:4 chroma.
     jpeg_quality: int = 95
     # Decoder threads per segment.
