@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         if verb == "build":
             sub.add_argument("sources", nargs="+", metavar="SOURCES", help="video files, folders, or globs in quotes")
+            sub.add_argument(
+                "--frames",
+                choices=("shots", "keyframes", "interval"),
+                help="candidates: the best frame of each shot, key frames alone (fast), or one every "
+                "video.interval_seconds; the same as --set video.frames=...",
+            )
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
         sub.add_argument("--root", required=True, help="folder of the dataset's tables; made if absent")
         if verb == "status":
@@ -98,7 +104,8 @@ def _run(args: argparse.Namespace) -> int:
     config = PRESETS[args.preset or "micro"]()
     if not args.preset and store.settings_file.exists():
         config = load(config, store.settings_file)
-    config = load(config, args.config, args.set)
+    frames = [f"video.frames={args.frames}"] if args.verb == "build" and args.frames else []
+    config = load(config, args.config, [*frames, *args.set])
     paths = []
     if args.verb == "build":
         paths = find_sources([absolute(source, "SOURCES") for source in args.sources])

