@@ -1,69 +1,173 @@
-"""Decoding: the frames of a segment with their stream time, by Decord, or by PyAV where a file breaks."""
+"""Decoding: the frames of a segment with their stream time, by Decord, or by PyAV where Decord would be wrong."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from typing import Any
 
+import cv2
 import numpy as np
 
-from factory.sources import time_stamps
+from factory.sources import film_stream, open_film, time_stamps
 from factory.video import REMUX, Segment, VideoConfig
 
 Decoded = tuple[int, float, float, np.ndarray]  # index, timestamp s, average fps, RGB frame
 
+# Demuxers of FFmpeg's in which Decord finds the frame that it is asked for. Elsewhere (MPEG-TS and -PS, AVI and ASF
+# with B-frames) it jumps to the wrong key frame and gives frames of another time.
+_DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "gif")
+_DECORD_WIDTH = 160  # pixels; below, its batches of some widths (32, 48, 96, 144) fail
+
+
+@dataclass(frozen=True)
+class Film:
+    """What the decoders must know of a film, and the range of its frames that decides a segment."""
+
+    times: np.ndarray  # s, of each frame, in order of showing
+    first: int
+    last: int
+    entry: float  # s, of the last key frame up to the first of these frames
+    fps: float  # average
+    size: tuple[int, int]  # width and height as stored, pixels
+    pixel_aspect: Fraction  # width of a pixel by its height
+    interlaced: bool
+    for_decord: bool
+
 
 def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
-    """Yield the frames from the segment's overlap to the bound of its last shot."""
-    import decord
+    """Yield the frames from the segment's overlap to the bound of its last shot, upright and with square pixels.
 
-    times, first, last = _bounds(segment, config)
-    reader = decord.VideoReader(segment.uri, num_threads=config.decode_threads)
-    if len(reader) != len(times):
-        raise RuntimeError(f"the decoder counts {len(reader)} frames, the container {len(times)}. {REMUX}")
-    height, width = reader[first].shape[:2]
-    step = max(1, min(16, int(64e6 / (height * width * 3))))  # at most 64 MB of raw frames at once
-    for low in range(first, last, step):
-        indices = range(low, min(low + step, last))
-        for index, image in zip(indices, reader.get_batch(list(indices)).asnumpy(), strict=True):
-            yield index, float(times[index] - times[0]), reader.get_avg_fps(), image
+    Raises RuntimeError where the file can't be read on.
+    """
+    film = _film(segment, config)
+    return (_by_decord if film.for_decord else _by_av)(film, segment, config)
 
 
 def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
-    """Yield what `decode` does, one frame after the other, up to the very frame that can't be read."""
-    import av
+    """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read."""
+    return _by_av(_film(segment, config), segment, config)
+
+
+def _film(segment: Segment, config: VideoConfig) -> Film:
     from av.error import FFmpegError
 
-    times, first, last = _bounds(segment, config)
-    index = first - 1
-    with av.open(segment.uri) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = config.decode_threads
-        fps = float(stream.average_rate or 0)
-        container.seek(round(times[first] / stream.time_base), stream=stream)
-        try:
-            for frame in container.decode(stream):
-                if frame.time is None:
-                    raise RuntimeError(f"a frame has no time stamp. {REMUX}")
-                index = int(np.abs(times - frame.time).argmin())
-                if index >= last:
-                    return
-                if index >= first:
-                    image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                    yield index, float(times[index] - times[0]), fps, np.ascontiguousarray(image)
-        except FFmpegError as error:
-            raise RuntimeError(error.strerror) from error
-    if index < last - 1:
-        raise RuntimeError(f"the decoder ended at frame {index + 1} of {len(times)}. {REMUX}")
-
-
-def _bounds(segment: Segment, config: VideoConfig) -> tuple[np.ndarray, int, int]:
-    """Return the stream's time stamps (s) of the film's frames, and the range of them that decides the segment."""
-    import av
-
-    with av.open(segment.uri) as container:
-        times = np.asarray(time_stamps(container)[0])
+    with open_film(segment.uri) as container:
+        stamps = time_stamps(container)
+    times = np.asarray(stamps.times)
     if np.any(np.diff(times) <= 0):
         raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")
     since = times - times[0]
     first = int(np.searchsorted(since, segment.start - config.overlap_seconds)) if segment.start > 0 else 0
-    return times, first, int(np.searchsorted(since, segment.end + config.max_shot_seconds))
+    with open_film(segment.uri) as container:
+        stream = film_stream(container)
+        stream.codec_context.thread_count = config.decode_threads
+        try:
+            frame = next(container.decode(stream))
+        except (FFmpegError, StopIteration) as error:
+            raise RuntimeError(f"not one frame can be decoded: {getattr(error, 'strerror', 'the end')}") from error
+        interlaced = frame.interlaced_frame or stream.codec_context.field_order > 1  # 1 is progressive
+        return Film(
+            times=times,
+            first=first,
+            last=int(np.searchsorted(since, segment.end + config.max_shot_seconds)),
+            entry=stamps.keys[int(np.searchsorted(stamps.keys, times[first], side="right")) - 1],
+            fps=float(stream.average_rate or 0),
+            size=(stream.width, stream.height),
+            pixel_aspect=stream.sample_aspect_ratio or Fraction(1),
+            interlaced=interlaced,
+            for_decord=_is_for_decord(container.format.name, frame, unseen=stamps.unseen, interlaced=interlaced),
+        )
+
+
+def _is_for_decord(container: str, frame: Any, *, unseen: int, interlaced: bool) -> bool:
+    """Return whether Decord gives the right frames of the film in `container` that begins with PyAV's `frame`.
+
+    It counts packets that are never shown as frames, and neither turns frames nor deinterlaces them.
+    """
+    return (
+        container in _DECORD_FORMATS and frame.width >= _DECORD_WIDTH and not (unseen or interlaced or frame.rotation)
+    )
+
+
+def _by_decord(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+    import decord
+
+    reader = decord.VideoReader(segment.uri, num_threads=config.decode_threads)
+    if len(reader) != len(film.times):
+        raise RuntimeError(f"the decoder counts {len(reader)} frames, the container {len(film.times)}. {REMUX}")
+    width, height = film.size
+    step = max(1, min(16, int(64e6 / (height * width * 3))))  # at most 64 MB of raw frames at once
+    for low in range(film.first, film.last, step):
+        indices = range(low, min(low + step, film.last))
+        for index, image in zip(indices, reader.get_batch(list(indices)).asnumpy(), strict=True):
+            yield index, float(film.times[index] - film.times[0]), film.fps, _square(image, film.pixel_aspect)
+
+
+def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+    from av.error import FFmpegError
+    from av.video.reformatter import VideoReformatter
+
+    width, height = film.size
+    start = film.times[film.first]
+    reformatter = VideoReformatter()
+    index = film.first - 1
+    with open_film(segment.uri) as container:
+        stream = film_stream(container)
+        stream.codec_context.thread_count = config.decode_threads
+        try:
+            frames = _frames_from(film.entry, container, stream)
+            for frame in _deinterlaced(frames, stream) if film.interlaced else frames:
+                if frame.time is None:
+                    raise RuntimeError(f"a frame has no time stamp. {REMUX}")
+                if frame.is_corrupt:
+                    raise RuntimeError("a frame is damaged")
+                if frame.time < start:
+                    continue
+                before, index = index, int(np.abs(film.times - frame.time).argmin())
+                if index >= film.last:
+                    return
+                if index <= before:
+                    raise RuntimeError(f"the time stamps do not follow the order of the frames. {REMUX}")
+                rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+                image = np.rot90(_square(rgb, film.pixel_aspect), frame.rotation // 90)
+                yield index, float(film.times[index] - film.times[0]), film.fps, np.ascontiguousarray(image)
+        except FFmpegError as error:
+            raise RuntimeError(error.strerror) from error
+    if index < film.last - 1:
+        raise RuntimeError(f"the decoder ended at frame {index + 1} of {len(film.times)}. {REMUX}")
+
+
+def _frames_from(entry: float, container: Any, stream: Any) -> Iterator[Any]:
+    """Yield PyAV's frames from the key frame at `entry` (s) on; it is read up to, as a jump is not sure to hit it."""
+    reached = False
+    for packet in container.demux(stream):
+        reached = reached or (packet.is_keyframe and float(packet.pts * stream.time_base) == entry)
+        if reached:
+            yield from packet.decode()
+
+
+def _deinterlaced(frames: Iterator[Any], stream: Any) -> Iterator[Any]:
+    """Yield PyAV's `frames`, the interlaced ones with both fields brought to one moment (FFmpeg's bwdif)."""
+    from av.filter import Graph
+
+    graph = Graph()
+    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(graph.add_buffer(template=stream), bwdif, graph.add("buffersink")).configure()
+    for frame in chain(frames, [None]):
+        graph.push(frame)
+        with contextlib.suppress(BlockingIOError, EOFError):  # it looks one frame ahead
+            while True:
+                yield graph.pull()
+
+
+def _square(image: np.ndarray, pixel_aspect: Fraction) -> np.ndarray:
+    """Return the image H,W,3 with square pixels in place of `pixel_aspect` times as wide as high: one side grows."""
+    if pixel_aspect == 1:
+        return image
+    height, width = image.shape[:2]
+    size = (round(width * max(pixel_aspect, 1)), round(height / min(pixel_aspect, 1)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
