@@ -1,8 +1,8 @@
 """Cuts: which frames begin a shot, decided from the frames shortly before and after, each at 48x27 pixels.
 
 Two pictures are compared by template matching: the middle of the one is moved over the other and the best correlation
-counts, so that neither light (fades, flashes) nor a moving camera (pans) makes a cut, and grain is averaged away. What a
-frame is depends on no frame further away than `REACHES` windows, so it is the same wherever decoding began.
+counts. So neither light (fades, flashes) nor a moving camera (pans) makes a cut, and grain is averaged away. Nothing
+further away than twice `reach_seconds` has a say: a frame is judged the same wherever decoding began.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from factory.video import VideoConfig
 
 SIZE = (48, 27)  # width and height of a thumb, pixels: also what TransNetV2 takes
 _MIDDLE = np.s_[4:23, 8:40]  # rows and columns that letterbox bars leave free, and how far a camera may move
+_ALIKE = 0.95  # correlation of the ends of a dissolve, or of a part of one, at which nothing can be seen of it
 _FLAT = 4.0  # standard deviation of luma (levels of 255) below which there is no picture
 
 
@@ -53,7 +54,7 @@ def similarity(a: Look, b: Look) -> float:
 
 
 def starts_shot(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
-    """Return whether frame `i` of `looks`, the film around it, is the first of a shot: after a cut, fade or dissolve."""
+    """Return whether frame `i` of `looks`, the film around it, is the first after a cut, a fade or half a dissolve."""
     now = looks[i].timestamp
     if _is_cut(looks, i, config):
         soon = _while(looks, i + 1, 1, now, config.min_shot_seconds)
@@ -65,22 +66,29 @@ def starts_shot(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
 
 
 def is_settled(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
-    """Return whether frame `i` shows one whole picture: it lies in no dissolve, and at no cut or flash."""
+    """Return whether frame `i` shows one whole picture: it lies at no cut, in no dissolve and in no flash."""
+    now = looks[i]
     beside = [looks[k] for k in (i - 1, i + 1) if 0 <= k < len(looks)]
-    if any(other.blank or similarity(other, looks[i]) < config.same_picture for other in beside):
+    if any(look.blank or similarity(look, now) < config.same_picture for look in beside):
         return False
-    mix = mixture(looks, i, config)
-    return mix is None or mix.residual > config.dissolve_residual or not 0.1 < mix.share < 0.9
+    first, last = _around(looks, i, config.min_shot_seconds)
+    if first is not None and last is not None:
+        returns = similarity(looks[first], looks[last]) >= config.same_picture
+        if returns and similarity(looks[first], now) < config.same_picture:
+            return False
+    mix = mixture(looks, i, config.transition_seconds, _ALIKE)
+    return mix is None or mix.residual > config.dissolve_residual or not 0.03 < mix.share < 0.97
 
 
-def mixture(looks: Sequence[Look], i: int, config: VideoConfig) -> Mix | None:
-    """Return how frame `i` lies between the frames `transition_seconds` away; None where these show one picture."""
-    now, reach = looks[i].timestamp, config.transition_seconds
-    first = next((k for k in range(i - 1, -1, -1) if looks[k].timestamp <= now - reach), None)
-    last = next((k for k in range(i + 1, len(looks)) if looks[k].timestamp >= now + reach), None)
+def mixture(looks: Sequence[Look], i: int, distance: float, alike: float) -> Mix | None:
+    """Return how frame `i` lies between those `distance` seconds before and after it.
+
+    None where there are none, or these correlate as much as `alike`: they show one picture.
+    """
+    first, last = _around(looks, i, distance)
     if first is None or last is None or any(look.blank for look in looks[first : last + 1]):
         return None
-    if similarity(looks[first], looks[last]) >= config.same_picture:
+    if similarity(looks[first], looks[last]) >= alike:
         return None
     a, before, this, b = (looks[k].thumb.astype(np.float32).ravel() for k in (first, i - 1, i, last))
     way = b - a
@@ -110,8 +118,15 @@ def _is_cut(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
 
 def _is_dissolve(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
     """Whether frame `i` is the first that is more the later picture than the earlier one of a mixture."""
-    mix = mixture(looks, i, config)
+    mix = mixture(looks, i, config.transition_seconds, config.dissolve_similarity)
     return mix is not None and mix.before < 0.5 <= mix.share and mix.residual <= config.dissolve_residual
+
+
+def _around(looks: Sequence[Look], i: int, distance: float) -> tuple[int | None, int | None]:
+    """The indices of the frames nearest to `i` that are at least `distance` seconds before and after it."""
+    now = looks[i].timestamp
+    first = next((k for k in range(i - 1, -1, -1) if looks[k].timestamp <= now - distance), None)
+    return first, next((k for k in range(i + 1, len(looks)) if looks[k].timestamp >= now + distance), None)
 
 
 def _while(looks: Sequence[Look], i: int, step: int, now: float, reach: float) -> list[int]:

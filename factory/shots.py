@@ -61,7 +61,7 @@ def find_shots(
             shot = Shot(start=now, end=now, first=frame.look, best=frame, settled=settled)
         elif now - shot.start > config.max_shot_seconds:
             continue
-        elif similarity(shot.first, frame.look) < config.other_picture:
+        elif settled and similarity(shot.first, frame.look) < config.other_picture:
             yield shot
             shot = Shot(start=shot.start, end=now, first=frame.look, best=frame, settled=settled)
         else:

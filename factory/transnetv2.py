@@ -16,8 +16,8 @@ _STEP, _MARGIN = 50, 25  # frames of a window that are used, and those on both s
 class TransNetV2:
     """The shot boundaries among decoded frames, 0.7 s of computing per 50 frames on a core.
 
-    Windows lie at multiples of 50 frames of the film, and 100 thumbs are in memory. So a boundary 76 frames or more
-    after the first of `frames` and before the last one is the same wherever they begin and end.
+    Windows lie at multiples of 50 frames of the film, and 100 thumbs are in memory: a boundary at least 76 frames from
+    the first and the last of `frames` is the same wherever these lie.
     """
 
     def __init__(self, frames: Iterable[Decoded]) -> None:
@@ -57,7 +57,7 @@ def _probabilities(frames: Iterable[Decoded]) -> Iterator[tuple[int, float]]:
 
 
 def _windows(frames: Iterable[Decoded]) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Yield the index at which a window of 100 thumbs (27,48,3 uint8) begins, the window, and how many frames it is for.
+    """Yield windows of 100 thumbs (100,27,48,3 uint8), each with its first frame's index and how many frames it is for.
 
     The first and the last frame are repeated beyond the ends.
     """

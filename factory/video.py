@@ -38,11 +38,13 @@ class VideoConfig:
     # A dissolve is looked for over this much film on both sides of a frame (s).
     transition_seconds: float = 0.5
     # Two frames that correlate this much (-1 to 1), however lit and however the camera moved, show one picture.
-    same_picture: float = 0.7
+    same_picture: float = 0.65
     # Frames of one shot that correlate less than this show two pictures, and each gives a candidate: a long pan.
     other_picture: float = 0.3
+    # Before and after a dissolve they correlate at most this much.
+    dissolve_similarity: float = 0.5
     # What of a frame in a dissolve isn't a mixture of the pictures before and after it, relative to their distance.
-    dissolve_residual: float = 0.35
+    dissolve_residual: float = 0.4
     # Frames with a mean luma below this (0 to 1) are black: they are in no shot and are never chosen.
     black_level: float = 0.03
     # JPEG quality of the stored frame, 4:4:4 chroma.
