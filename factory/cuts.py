@@ -109,11 +109,21 @@ def _is_cut(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:
     if not lately:
         return True
     before = looks[lately[0]]
-    if similarity(before, now) >= config.same_picture:
+    alike = similarity(before, now)
+    if alike > 1 - config.min_change or (alike >= config.same_picture and not _stands_out(looks, i, 1 - alike, config)):
         return False
+    returned = (1 + alike) / 2  # a picture that comes half the way back from the change is the old one
     soon = [looks[k] for k in _while(looks, i + 1, 1, now.timestamp, least)]
-    flash = any(similarity(before, look) >= config.same_picture for look in soon if not look.blank)
-    return not flash and all(similarity(looks[k], now) < config.same_picture for k in lately[1:])
+    flash = any(similarity(before, look) >= returned for look in soon if not look.blank)
+    return not flash and all(similarity(looks[k], now) < returned for k in lately[1:])
+
+
+def _stands_out(looks: Sequence[Look], i: int, change: float, config: VideoConfig) -> bool:
+    """Whether the `change` at frame `i` is `adaptive_threshold` times as large as any other around it."""
+    now, reach = looks[i].timestamp, config.min_shot_seconds
+    others = _while(looks, i - 1, -1, now, reach) + _while(looks, i + 1, 1, now, reach)
+    pairs = [(looks[k - 1], looks[k]) for k in others if k and not (looks[k - 1].blank or looks[k].blank)]
+    return all(change >= config.adaptive_threshold * (1 - similarity(*pair)) for pair in pairs)
 
 
 def _is_dissolve(looks: Sequence[Look], i: int, config: VideoConfig) -> bool:

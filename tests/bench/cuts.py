@@ -180,7 +180,7 @@ DETECTORS = (
     Detector(
         name="ours",
         find=_ours,
-        grid={"same_picture": _steps(0.5, 0.75, count=6), "dissolve_residual": _steps(0.3, 0.5, count=3)},
+        grid={"adaptive_threshold": (2.0, 2.8, 3.6), "min_change": (0.15, 0.2, 0.25), "dissolve_residual": (0.4, 0.5)},
     ),
     Detector(name="TransNetV2", find=_transnetv2, grid={"threshold": _steps(0.05, 0.9, count=18)}),
     Detector(name="ContentDetector", find=_content, grid={"threshold": _steps(4, 55, count=18)}),
