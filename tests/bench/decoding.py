@@ -52,9 +52,9 @@ def _recoded(film: Path, into: Path, *, gop: int, times: int = 4) -> Path:
     with av.open(str(into), "w") as container:
         stream = container.add_stream("libx264", rate=24, options={"preset": "veryfast", "sc_threshold": "0"})
         stream.gop_size, stream.pix_fmt = gop, "yuv420p"
+        stream.width, stream.height = 1280, 720
         for _ in range(times):
             with av.open(str(film)) as source:
-                stream.width, stream.height = source.streams.video[0].width, source.streams.video[0].height
                 for frame in source.decode(video=0):
                     frame.pts = None
                     container.mux(stream.encode(frame))
