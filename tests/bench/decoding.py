@@ -1,10 +1,12 @@
-"""Decode stage (decoding, scoring, shots, choice, JPEG), whole and of key frames alone, against a plain decord loop."""
+"""Decode stage (decoding, scoring, shots, choice, JPEG), whole and key frames alone, against a plain decord loop."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.video.frame import PictureType
 
 from factory.candidates import candidate_frames
 from factory.sources import describe_source, segments_of
@@ -27,7 +29,10 @@ def decoding(folder: Path) -> list[Comparison]:
 
     return [
         compare(
-            "decode stage / plain decord loop, 720p", "frames/s", lambda: ours(film, VideoConfig()), lambda: _plain(film)
+            "decode stage / plain decord loop, 720p",
+            "frames/s",
+            lambda: ours(film, VideoConfig()),
+            lambda: _plain(film),
         ),
         compare(
             "key frames every 5 s / plain decord loop, 720p",
@@ -52,11 +57,14 @@ def _recoded(film: Path, into: Path, *, gop: int, times: int = 4) -> Path:
     with av.open(str(into), "w") as container:
         stream = container.add_stream("libx264", rate=24, options={"preset": "veryfast", "sc_threshold": "0"})
         stream.gop_size, stream.pix_fmt = gop, "yuv420p"
-        stream.width, stream.height = 1280, 720
+        stream.width, stream.height, stream.codec_context.time_base = 1280, 720, Fraction(1, 24)
+        count = 0
         for _ in range(times):
             with av.open(str(film)) as source:
                 for frame in source.decode(video=0):
-                    frame.pts = None
+                    frame.pts, frame.time_base = count, Fraction(1, 24)
+                    frame.pict_type = PictureType.NONE  # or the film's own key frames would stay
                     container.mux(stream.encode(frame))
+                    count += 1
         container.mux(stream.encode())
     return into
