@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "build":
             sub.add_argument("sources", nargs="+", metavar="SOURCES", help=_SOURCES)
             sub.add_argument("--sources-file", metavar="FILE", help="YAML that says whose the sources are (README)")
+            sub.add_argument(
+                "--frames",
+                choices=("shots", "keyframes", "interval"),
+                help="candidates: the best frame of each shot, key frames alone (fast), or one every "
+                "video.interval_seconds; the same as --set video.frames=...",
+            )
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
         made = "; made if absent" if verb == "build" else ""
         sub.add_argument("--root", required=verb != "config", help=f"folder of the dataset's tables{made}")
@@ -165,7 +171,8 @@ def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
     from factory.settings import load
 
     kept = _kept(store) if store is not None and not args.preset else None
-    return load(kept or PRESETS[args.preset or "micro"](), args.config, args.set)
+    frames = [f"video.frames={args.frames}"] if args.verb == "build" and args.frames else []
+    return load(kept or PRESETS[args.preset or "micro"](), args.config, [*frames, *args.set])
 
 
 def _kept(store: Store) -> FactoryConfig | None:

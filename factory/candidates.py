@@ -1,10 +1,11 @@
-"""Candidates: the best frame of each shot of a segment, or a still picture, encoded, with its scores.
+"""Candidates: the frames chosen from a segment, or a still picture, encoded, with their scores.
 
 Run in a killable process.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Iterator
@@ -15,32 +16,38 @@ import numpy as np
 
 from factory import still
 from factory.bars import find_bars
+from factory.cuts import starts_shot
 from factory.decode import decode, decode_in_order
 from factory.fetch import SourceChanged, check_unchanged
 from factory.locations import copy_stream
 from factory.picture import encode_jpeg
 from factory.schema import frame_id
 from factory.scores import scores
-from factory.shots import find_shots
+from factory.shots import Shot, find_shots
 from factory.video import Segment, VideoConfig
 
 
 def candidate_frames(
     segment: Segment, config: VideoConfig, decoder: Literal["decord", "av"] = "decord"
 ) -> Iterator[dict[str, Any]]:
-    """Yield a `candidates` row for the best frame of each shot that starts in `segment`, in order of time.
+    """Yield the `candidates` rows of `segment` in order of time.
 
-    Raises RuntimeError where the file stops being readable; the rows yielded before stay good. Decord reads ahead in a
-    thread of its own, so how much of a damaged file it gives before the error is chance; PyAV, slower, gives all that
-    comes before, each time.
+    They are the best frame of each shot that starts in it, or with `config.frames` its key frames, or the first frame
+    of each interval; each of those is a shot of its own. Raises RuntimeError where the file stops being readable; the
+    rows yielded before stay good. Decord reads ahead in a thread of its own, so how much of a damaged file it gives
+    before the error is chance; PyAV, slower, gives all that comes before, each time.
     """
     cv2.setNumThreads(1)
-    frames = {"decord": decode, "av": decode_in_order}[decoder](segment, config)
-    for shot in find_shots(frames, config, until=segment.end):
-        if shot.start >= segment.start:
-            best = shot.best
-            at = {"index": best.index, "timestamp": best.timestamp, "start": shot.start, "end": shot.end}
-            yield _row(segment, best.image, config, **at)
+    frames = {"decord": decode, "av": decode_in_order}[decoder]
+    if config.frames == "shots":
+        for shot in _shots(segment, config, frames):
+            if shot.start >= segment.start:
+                best = shot.best
+                at = {"index": best.look.index, "timestamp": best.look.timestamp}
+                yield _row(segment, best.image, config, **at, start=shot.start, end=shot.end)
+    else:
+        for index, timestamp, image in frames(segment, config):
+            yield _row(segment, image, config, index=index, timestamp=timestamp, start=timestamp, end=timestamp)
 
 
 def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator[dict[str, Any]]:
@@ -73,6 +80,17 @@ def failed_candidate(segment: Segment, after: float, reason: str) -> dict[str, A
         "status": "failed",
         "reason": f"decode: {reason}",
     }
+
+
+def _shots(segment: Segment, config: VideoConfig, frames: Any) -> Iterator[Shot]:
+    if config.detector == "transnetv2":
+        from factory.transnetv2 import TransNetV2
+
+        # The film is decoded twice: the network looks far ahead, and thumbs are all that fits in memory.
+        starts = TransNetV2(frames(segment, config)).starts_shot
+    else:
+        starts = functools.partial(starts_shot, config=config)
+    return find_shots(frames(segment, config), starts, config, until=segment.end)
 
 
 def _read_unchanged(segment: Segment) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +16,7 @@ import numpy as np
 from factory.sources import film_stream, open_film, time_stamps
 from factory.video import REMUX, Segment, VideoConfig
 
-Decoded = tuple[int, float, float, np.ndarray]  # index, timestamp s, average fps, RGB frame
+Decoded = tuple[int, float, np.ndarray]  # index, timestamp s, RGB frame H,W,3 uint8
 
 # Demuxers of FFmpeg's in which Decord finds the frame that it is asked for. Elsewhere (MPEG-TS and -PS, AVI and ASF
 # with B-frames) it jumps to the wrong key frame and gives frames of another time.
@@ -25,13 +26,11 @@ _DECORD_WIDTH = 160  # pixels; below, its batches of some widths (32, 48, 96, 14
 
 @dataclass(frozen=True)
 class Film:
-    """What the decoders must know of a film, and the range of its frames that decides a segment."""
+    """What the decoders must know of a film, and which of its frames decide a segment."""
 
     times: np.ndarray  # s, of each frame, in order of showing
-    first: int
-    last: int
+    wanted: list[int]  # indices of the frames to decode, at least one
     entry: float  # s, of the last key frame up to the first of these frames
-    fps: float  # average
     size: tuple[int, int]  # width and height as stored, pixels
     pixel_aspect: Fraction  # width of a pixel by its height
     interlaced: bool
@@ -39,17 +38,20 @@ class Film:
 
 
 def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
-    """Yield the frames from the segment's overlap to the bound of its last shot, upright and with square pixels.
+    """Yield the frames that the segment's candidates are chosen from, in order, upright and with square pixels.
 
     Raises RuntimeError where the file can't be read on.
     """
     film = _film(segment, config)
+    if not film.wanted:
+        return iter(())
     return (_by_decord if film.for_decord else _by_av)(film, segment, config)
 
 
 def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read."""
-    return _by_av(_film(segment, config), segment, config)
+    film = _film(segment, config)
+    return _by_av(film, segment, config) if film.wanted else iter(())
 
 
 def _film(segment: Segment, config: VideoConfig) -> Film:
@@ -60,8 +62,8 @@ def _film(segment: Segment, config: VideoConfig) -> Film:
     times = np.asarray(stamps.times)
     if np.any(np.diff(times) <= 0):
         raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")
-    since = times - times[0]
-    first = int(np.searchsorted(since, segment.start - config.overlap_seconds)) if segment.start > 0 else 0
+    wanted = _wanted(times, stamps.keys, segment, config)
+    first = times[wanted[0]] if wanted else times[0]
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
@@ -72,15 +74,36 @@ def _film(segment: Segment, config: VideoConfig) -> Film:
         interlaced = frame.interlaced_frame or stream.codec_context.field_order > 1  # 1 is progressive
         return Film(
             times=times,
-            first=first,
-            last=int(np.searchsorted(since, segment.end + config.max_shot_seconds)),
-            entry=stamps.keys[int(np.searchsorted(stamps.keys, times[first], side="right")) - 1],
-            fps=float(stream.average_rate or 0),
+            wanted=wanted,
+            entry=stamps.keys[int(np.searchsorted(stamps.keys, first, side="right")) - 1],
             size=(stream.width, stream.height),
             pixel_aspect=stream.sample_aspect_ratio or Fraction(1),
             interlaced=interlaced,
             for_decord=_is_for_decord(container.format.name, frame, unseen=stamps.unseen, interlaced=interlaced),
         )
+
+
+def _wanted(times: np.ndarray, keys: list[float], segment: Segment, config: VideoConfig) -> list[int]:
+    """Return the indices of the frames that decide `segment`.
+
+    For shots these are all from the overlap before it to the bound of its last shot and the overlap behind that;
+    otherwise its own key frames, or in it the first frame at or after each multiple of the interval.
+    """
+    since = times - times[0]
+
+    def at(seconds: float) -> int:
+        return int(np.searchsorted(since, seconds))
+
+    if config.frames == "shots":
+        context, end = config.context_frames, segment.end + config.max_shot_seconds
+        first = min(at(segment.start) - context, at(segment.start - config.overlap_seconds))
+        last = max(at(end) + context, at(end + config.overlap_seconds))
+        return list(range(max(first, 0), min(last, len(times))))
+    if config.frames == "keyframes":
+        indices = np.searchsorted(times, keys)
+    else:
+        indices = np.flatnonzero(np.diff(np.floor(since / config.interval_seconds + 1e-6), prepend=-1))
+    return [int(index) for index in indices if at(segment.start) <= index < at(segment.end)]
 
 
 def _is_for_decord(container: str, frame: Any, *, unseen: int, interlaced: bool) -> bool:
@@ -101,10 +124,10 @@ def _by_decord(film: Film, segment: Segment, config: VideoConfig) -> Iterator[De
         raise RuntimeError(f"the decoder counts {len(reader)} frames, the container {len(film.times)}. {REMUX}")
     width, height = film.size
     step = max(1, min(16, int(64e6 / (height * width * 3))))  # at most 64 MB of raw frames at once
-    for low in range(film.first, film.last, step):
-        indices = range(low, min(low + step, film.last))
-        for index, image in zip(indices, reader.get_batch(list(indices)).asnumpy(), strict=True):
-            yield index, float(film.times[index] - film.times[0]), film.fps, _square(image, film.pixel_aspect)
+    for low in range(0, len(film.wanted), step):
+        indices = film.wanted[low : low + step]
+        for index, image in zip(indices, reader.get_batch(indices).asnumpy(), strict=True):
+            yield index, float(film.times[index] - film.times[0]), _square(image, film.pixel_aspect)
 
 
 def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
@@ -112,12 +135,15 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
     from av.video.reformatter import VideoReformatter
 
     width, height = film.size
-    start = film.times[film.first]
+    start = film.times[film.wanted[0]]
     reformatter = VideoReformatter()
-    index = film.first - 1
+    missing = deque(film.wanted)
+    index = missing[0] - 1
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
+        if config.frames == "keyframes":
+            stream.codec_context.skip_frame = "NONKEY"
         try:
             frames = _frames_from(film.entry, container, stream)
             for frame in _deinterlaced(frames, stream) if film.interlaced else frames:
@@ -128,17 +154,21 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
                 if frame.time < start:
                     continue
                 before, index = index, int(np.abs(film.times - frame.time).argmin())
-                if index >= film.last:
-                    return
                 if index <= before:
                     raise RuntimeError(f"the time stamps do not follow the order of the frames. {REMUX}")
-                rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-                image = np.rot90(_square(rgb, film.pixel_aspect), frame.rotation // 90)
-                yield index, float(film.times[index] - film.times[0]), film.fps, np.ascontiguousarray(image)
+                while missing and missing[0] < index:  # the decoder left it out
+                    missing.popleft()
+                if missing and missing[0] == index:
+                    rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+                    image = np.rot90(_square(rgb, film.pixel_aspect), frame.rotation // 90)
+                    yield index, float(film.times[index] - film.times[0]), np.ascontiguousarray(image)
+                    missing.popleft()
+                if not missing:
+                    return
         except FFmpegError as error:
             raise RuntimeError(error.strerror) from error
-    if index < film.last - 1:
-        raise RuntimeError(f"the decoder ended at frame {index + 1} of {len(film.times)}. {REMUX}")
+    if missing:
+        raise RuntimeError(f"the decoder ended before frame {missing[0] + 1} of {len(film.times)}. {REMUX}")
 
 
 def _frames_from(entry: float, container: Any, stream: Any) -> Iterator[Any]:

@@ -49,10 +49,3 @@ def reduced(image: np.ndarray) -> np.ndarray:
 def sharpness(grey: np.ndarray) -> float:
     """Return the variance of the Laplacian of the uint8 image H,W: the higher, the sharper."""
     return float(cv2.Laplacian(grey, cv2.CV_32F).var())
-
-
-def pattern(grey: np.ndarray) -> np.ndarray:
-    """Return 16x16 float32 of mean 0 and length 1: the uint8 image H,W without its brightness and contrast."""
-    cells = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
-    cells -= cells.mean()
-    return cells / max(float(np.linalg.norm(cells)), 1e-6)

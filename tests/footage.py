@@ -1,4 +1,5 @@
-"""Small films written by PyAV for tests: any codec, container, time stamps and tags; frames that say their number."""
+"""Small films written by PyAV for tests: any codec, container, time stamps and tags; frames that say their number; and
+the candidates of a film."""
 
 from __future__ import annotations
 
@@ -9,6 +10,10 @@ from typing import Any
 
 import av
 import numpy as np
+
+from factory.candidates import candidate_frames
+from factory.sources import describe_source, segments_of
+from factory.video import VideoConfig
 
 _BITS = 8  # of a frame's number
 
@@ -109,3 +114,11 @@ def number_of(image: np.ndarray) -> int:
     centres = (np.arange(_BITS) * 2 + 1) * width // (2 * _BITS)
     bits = image[height // 4 : 3 * height // 4, centres].mean(axis=(0, 2)) > 128
     return int(np.packbits(bits)[0])
+
+
+def candidates(path: Path, config: VideoConfig | None = None) -> list[dict[str, Any]]:
+    """The candidates of all segments of the film at `path`, which must be a good one."""
+    config = config or VideoConfig()
+    source = describe_source(str(path), config)
+    assert source["status"] == "pending", source
+    return [row for segment in segments_of(source) for row in candidate_frames(segment, config)]

@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 
 from factory import schema
-from factory.candidates import candidate_frames
 from factory.picture import decode_image
-from factory.sources import describe_source, segments_of
 from factory.toon import draw, plan_clip, random_scene, write_clip
 from factory.video import VideoConfig
+from tests.footage import candidates
 from tests.test_scores import LINES, written
-
-
-def _candidates(film: Path, config: VideoConfig) -> list[dict]:
-    return [row for part in segments_of(describe_source(str(film), config)) for row in candidate_frames(part, config)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +24,7 @@ def letterboxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_bars_are_cut_off_and_recorded(letterboxed: Path) -> None:
-    rows = _candidates(letterboxed, VideoConfig())
+    rows = candidates(letterboxed, VideoConfig())
     assert len(rows) >= 5
     for row in rows:
         assert 26 <= min(row["bar_top"], row["bar_bottom"]) <= max(row["bar_top"], row["bar_bottom"]) <= 29
@@ -40,14 +35,13 @@ def test_bars_are_cut_off_and_recorded(letterboxed: Path) -> None:
 
 
 def test_bars_can_be_kept(letterboxed: Path) -> None:
-    cut, whole = (_candidates(letterboxed, VideoConfig(crop_bars=crop)) for crop in (True, False))
+    cut, whole = (candidates(letterboxed, VideoConfig(crop_bars=crop)) for crop in (True, False))
     assert [row["height"] for row in whole] == [270] * len(cut)
     assert [row["bar_top"] for row in whole] == [row["bar_top"] for row in cut]
     assert all(a["brightness"] < b["brightness"] for a, b in zip(whole, cut, strict=True))
 
 
 def test_subtitles_are_cut_off_when_asked(tmp_path: Path) -> None:
-
     film, picture = tmp_path / "titled.mp4", draw(random_scene(random.Random(2)), (640, 360)).image
     titled = written(picture, LINES, 0.82)
     with av.open(film, "w") as container:
@@ -56,10 +50,10 @@ def test_subtitles_are_cut_off_when_asked(tmp_path: Path) -> None:
         for _ in range(8):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(titled)))
         container.mux(stream.encode())
-    (kept,) = _candidates(film, VideoConfig())
+    (kept,) = candidates(film, VideoConfig())
     assert kept["height"] == 360
     assert kept["subtitle_share"] > 0.01
-    (cut,) = _candidates(film, VideoConfig(crop_subtitles=True))
+    (cut,) = candidates(film, VideoConfig(crop_subtitles=True))
     assert cut["subtitle_share"] == 0
     assert cut["height"] == 360 - cut["subtitle_height"] < 310
     difference = np.abs(decode_image(cut["image"]).astype(int) - picture[: cut["height"]])

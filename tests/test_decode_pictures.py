@@ -27,7 +27,7 @@ LOSSLESS = {"yuv420p": ("libx264", {"crf": "0"}), "yuv420p10le": ("libx265", X26
 def pictures(path: Path, decoder=decode) -> list[np.ndarray]:
     source = describe_source(str(path), VideoConfig())
     assert source["status"] == "pending", source["error"]
-    return [frame[3] for frame in decoder(segments_of(source)[0], VideoConfig())]
+    return [frame[2] for frame in decoder(segments_of(source)[0], VideoConfig())]
 
 
 def stripes(matrix: Colorspace, full: bool, pix_fmt: str, size: tuple[int, int] = (192, 48)) -> av.VideoFrame:
