@@ -1,8 +1,9 @@
 """Digests: the sha256 of each file of a table, taken when it was written, since Lance keeps no checksum of its own.
 
 `<root>/_digests/<table>/<data file>.json` holds the sha256 of a data file, those of the pictures that lie in a folder
-beside it, and the keys of its rows. It is written before anything refers to the data file: what a table refers to is
-recorded, whatever was killed. `<version>.json` holds the sha256 of a manifest, taken right after its commit.
+beside it, and the keys of its rows; a file that lists removed rows has one too. It is written before anything refers
+to the file: what a table refers to is recorded, whatever was killed. `<version>.json` holds the sha256 of a manifest,
+taken right after its commit.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Digests:
     def prune(self) -> None:
         """Remove the records of data files and manifests that are gone: after a clean-up, in a locked root."""
         kept = {_version(version) for version in self.versions()}
-        kept |= {path.stem for path in (self.folder / "data").glob("*.lance")}
+        kept |= {path.stem for kind in ("data/*.lance", "_deletions/*") for path in self.folder.glob(kind)}
         for path in self._records.glob("*.json"):
             if path.stem not in kept:
                 path.unlink()

@@ -13,7 +13,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "animesketch_factory_units_total": ("Units of work done: files, segments, batches of samples.", ("stage",)),
     "animesketch_factory_rows_total": ("Rows appended or changed.", ("stage",)),
     "animesketch_factory_film_seconds_total": ("Seconds of film decoded.", ("stage",)),
-    "animesketch_factory_pictures_total": ("Pictures copied, drawn as sketches, or captioned.", ("stage",)),
+    "animesketch_factory_pictures_total": ("Pictures decoded, copied, drawn as sketches, or captioned.", ("stage",)),
     "animesketch_factory_written_bytes_total": ("Bytes of table files written.", ("stage",)),
     "animesketch_factory_stage_seconds_total": ("Seconds that workers spent on units of work.", ("stage",)),
     "animesketch_factory_failures_total": (

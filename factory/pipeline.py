@@ -88,7 +88,10 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     new = [found[key] for key in sorted(found.keys() - known.keys())]
     metrics.count("failures", sum(row["status"] == "failed" for row in new), stage="sources", kind="unopened")
     if new:
-        committer.add(store.write_unit("sources", tasks.unit("sources", [row["source_id"] for row in new]), new))
+        # named by the version too: a source that was removed may come again
+        version = store.table("sources").version
+        unit = tasks.unit(f"sources-{version}", [row["source_id"] for row in new])
+        committer.add(store.write_unit("sources", unit, new))
     changed = []
     for key in sorted(found.keys() & known.keys()):
         old, now = known[key], found[key]

@@ -200,8 +200,27 @@ class Store:
 
     def remove(self, name: str, keys: set[str]) -> None:
         """Remove the rows with these keys (of no special characters) from table `name`, in one transaction."""
-        if keys:
-            self.table(name).delete(f"{schema.KEYS[name]} IN ({', '.join(repr(key) for key in sorted(keys))})")
+        if not keys:
+            return
+        table, digests = self.table(name), self.digests(name)
+        predicate = f"{schema.KEYS[name]} IN ({', '.join(repr(key) for key in sorted(keys))})"
+        left: list[FragmentMetadata] = []
+        emptied: list[int] = []
+        for fragment in table.get_fragments():
+            if not fragment.count_rows(predicate):
+                continue
+            rest = fragment.delete(predicate)  # writes a file that lists the rows, and commits nothing
+            if rest is None:
+                emptied.append(fragment.fragment_id)
+                continue
+            assert rest.deletion_file is not None  # rows match, so they are listed
+            file = Path(self.uri(name), rest.deletion_file.path(rest.id))
+            _settled(file)
+            digests.record(file.stem, [file], sorted(keys))
+            left.append(rest)
+        operation = lance.LanceOperation.Delete(left, emptied, predicate)
+        lance.LanceDataset.commit(self.uri(name), operation, read_version=table.version)
+        digests.record_version(self.table(name).version)
 
     def committed_units(self, name: str) -> set[str]:
         """Return the units that the transactions in the history of table `name`, its configuration or its rows name.

@@ -69,12 +69,10 @@ def verify(store: Store) -> Report:
     for name in schema.TABLES:
         before = len(report.damaged)
         versions = _whole_versions(store, name, report)
-        paths = {part.path: None for table in versions for f in table.get_fragments() for part in f.metadata.files}
+        paths = {path: None for table in versions for fragment in table.get_fragments() for path in _files(fragment)}
         unreadable = _check_files(store.digests(name), name, list(paths), report)
         for table in versions[-1:]:
-            fragments = [
-                f for f in table.get_fragments() if not any(part.path in unreadable for part in f.metadata.files)
-            ]
+            fragments = [f for f in table.get_fragments() if unreadable.isdisjoint(_files(f))]
             _check_pictures(table, name, fragments, report)
             if len(report.damaged) == before:
                 try:
@@ -82,6 +80,12 @@ def verify(store: Store) -> Report:
                 except DamagedData as error:
                     report.damaged.append(Damage(table=name, file="", problem=str(error)))
     return report
+
+
+def _files(fragment: lance.LanceFragment) -> list[str]:
+    """Return the paths in the table's folder of a fragment's data files, and of its list of removed rows."""
+    removed = fragment.deletion_file()
+    return [f"data/{part.path}" for part in fragment.metadata.files] + ([removed] if removed else [])
 
 
 def _whole_versions(store: Store, name: str, report: Report) -> list[lance.LanceDataset]:
@@ -122,28 +126,28 @@ def _is_whole(digests: Digests, name: str, version: int, report: Report) -> bool
 
 
 def _check_files(digests: Digests, name: str, paths: list[str], report: Report) -> set[str]:
-    """Compare the data files at `paths`, and the pictures beside them; return those that Lance should not read."""
+    """Compare the files at `paths`, and the pictures beside them; return those that Lance should not read."""
     unreadable = set()
     if not paths:
         return unreadable
-    progress = Progress("verify", f"data files of {name}", len(paths))
+    progress = Progress("verify", f"files of {name}", len(paths))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda path: _check_file(digests, name, path), paths)
         for path, (damaged, files, size) in zip(paths, results, strict=True):
             report.files += files
             report.bytes += size
             report.damaged += damaged
-            if any(damage.file == f"data/{path}" for damage in damaged):
+            if any(damage.file == path for damage in damaged):
                 unreadable.add(path)
             progress.step()
     return unreadable
 
 
 def _check_file(digests: Digests, name: str, path: str) -> tuple[list[Damage], int, int]:
-    """Return what is damaged of a data file and the pictures beside it, how many files were read, and their bytes."""
+    """Return what is damaged of a file and the pictures beside it, how many files were read, and their bytes."""
     record = digests.read(Path(path).stem)
     if record is None:
-        return [Damage(table=name, file=f"data/{path}", problem="has no readable digest")], 0, 0
+        return [Damage(table=name, file=path, problem="has no readable digest")], 0, 0
     damaged, size = [], 0
     for file, expected in record["files"].items():
         there = digests.folder / file

@@ -268,6 +268,20 @@ def test_a_source_that_changed_in_a_build_is_recorded_and_taken_up_by_the_next(
     ]
 
 
+def test_a_source_that_comes_and_goes_is_always_in_the_table(ray_session: str, film: Path, tmp_path: Path) -> None:
+    store, path = Store(str(tmp_path / "root")), tmp_path / "late.mp4"
+    store.create()
+    path.symlink_to(tmp_path / "late")
+    for there in (False, True, False):
+        if there:
+            shutil.copy(film, tmp_path / "late")
+        else:
+            (tmp_path / "late").unlink(missing_ok=True)
+        built = pipeline.add_sources(store, [str(path)], _config())
+        found = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
+        assert {row["source_id"]: row["status"] for row in found}[built.pop()] == ("pending" if there else "failed")
+
+
 def test_one_source_more_is_the_only_one_that_is_read_and_decoded(
     ray_session: str, small_dataset: Path, films: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

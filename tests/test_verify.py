@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import lance
@@ -16,6 +17,7 @@ import pytest
 from factory import schema, tags
 from factory.__main__ import DONE, UNFINISHED, USAGE, main
 from factory.committer import Committer
+from factory.compact import compact
 from factory.store import Store
 from factory.verify import Report, verify
 
@@ -135,6 +137,24 @@ def test_pictures_that_were_mixed_up_in_whole_files_are_found(tmp_path: Path) ->
     Committer(store, "candidates", every=1).add(store.write_unit("candidates", "u0", rows))
     (damage,) = verify(store).damaged
     assert damage.keys == ("0000-0", "0000-1")
+
+
+def test_a_damaged_list_of_removed_rows_is_found(store: Store) -> None:
+    sources = Committer(store, "sources", every=1)
+    rows = [{"source_id": key, "uri": f"/films/{key}.mp4"} for key in "abc"]
+    sources.add(store.write_unit("sources", "more", rows[:2]))
+    sources.add(store.write_unit("sources", "last", rows[2:]))
+    store.remove("sources", {"a", "c"})
+    assert sorted(store.table("sources").to_table(columns=["source_id"])["source_id"].to_pylist()) == ["b", "s"]
+    report = verify(store)
+    assert (report.damaged, report.unrecorded) == ([], [])
+    (removed,) = (Path(store.uri("sources")) / "_deletions").iterdir()
+    with flipped(removed, random.Random(0)):
+        (damage,) = verify(store).damaged
+    assert (damage.file, damage.keys) == (f"_deletions/{removed.name}", ("a", "c"))
+    compact(store, "sources", rows=8, older_than=timedelta(0))
+    assert verify(store).damaged == []
+    assert store.table("sources").count_rows() == 2
 
 
 def test_rows_that_something_else_added_are_found(store: Store) -> None:

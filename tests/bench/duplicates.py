@@ -1,6 +1,6 @@
 """Near-duplicates: pairs of pictures whose truth is known, and how well the selection tells them apart.
 
-python -m tests.bench.duplicates prints the tables of docs/selection.md.
+`make bench ARGS=duplicates` prints the tables of docs/selection.md.
 
 The truth of a pair is its changed area: the share of the picture in which the clean drawings differ by more than 24
 levels and not by a shift of one pixel. At most SAME: the same picture, however it was encoded; at least OTHER: another
@@ -205,8 +205,9 @@ def precision_recall(pairs: list[Measured], found: Callable[[Measured], bool]) -
     return right / max(len(called), 1), right / sum(pair.same for pair in pairs)
 
 
-def main() -> None:
-    """Tune every method on the same seeds, score it once on the others, and print the tables."""
+def duplicates() -> Iterator[str]:
+    """Tune every method on the same seeds, score it once on the others; yield the lines of the tables."""
+    cv2.setNumThreads(1)
     tuning, scoring = measured(TUNED_ON), measured(SCORED_ON)
     methods: dict[str, list[Callable[[Measured], bool]]] = {
         "perceptual hash alone": [lambda p, b=b: p.bits <= b for b in range(21)],
@@ -220,19 +221,17 @@ def main() -> None:
             lambda p, b=b, c=c: p.bits <= b and p.changed <= c / 1024 for b in range(0, 21, 2) for c in range(17)
         ],
     }
-    print("| method, tuned | precision | recall |\n|---|---|---|")
+    yield "| method, tuned | precision | recall |"
+    yield "|---|---|---|"
     for name, variants in methods.items():
         best = max(variants, key=lambda found: min(precision_recall(tuning, found)))
-        print("| {} | {:.3f} | {:.3f} |".format(name, *precision_recall(scoring, best)))
-    print("| selection, defaults | {:.3f} | {:.3f} |".format(*precision_recall(scoring, lambda p: p.found)))
-    print("\n| pair | truth | pairs | called the same |\n|---|---|---|---|")
+        yield "| {} | {:.3f} | {:.3f} |".format(name, *precision_recall(scoring, best))
+    yield "| selection, defaults | {:.3f} | {:.3f} |".format(*precision_recall(scoring, lambda p: p.found))
+    yield ""
+    yield "| pair | truth | pairs | called the same |"
+    yield "|---|---|---|---|"
     kinds: dict[tuple[bool, str], list[bool]] = defaultdict(list)
     for pair in scoring:
         kinds[not pair.same, pair.kind].append(pair.found)
     for (other, kind), calls in sorted(kinds.items()):
-        print(f"| {kind} | {'other' if other else 'same'} | {len(calls)} | {sum(calls)} |")
-
-
-if __name__ == "__main__":
-    cv2.setNumThreads(1)
-    main()
+        yield f"| {kind} | {'other' if other else 'same'} | {len(calls)} | {sum(calls)} |"

@@ -1,11 +1,12 @@
 """Subtitles, credits and bars: how well the selection finds what is laid over drawn frames, and leaves the others.
 
-python -m tests.bench.text prints the table of docs/selection.md. Fonts: those that matplotlib and Pillow carry.
+`make bench ARGS=text` prints the table of docs/selection.md. Fonts: those that matplotlib and Pillow carry.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -64,15 +65,16 @@ def _font(rng: random.Random, size: int) -> ImageFont.FreeTypeFont | ImageFont.I
     return ImageFont.truetype(folder / f"{name}.ttf", size) if name else ImageFont.load_default(size)
 
 
-def _line(rng: random.Random, words: int, fits) -> str:
-    text = rng.choices(WORDS, k=words)
-    while not fits(" ".join(text)):
-        text.pop()
-    return " ".join(text)
+def _line(rng: random.Random, words: int, fits: Callable[[str], bool]) -> str:
+    said = rng.choices(WORDS, k=words)
+    while not fits(" ".join(said)):
+        said.pop()
+    return " ".join(said)
 
 
-def main() -> None:
-    """Print how many frames of each kind were found to have subtitles, credits and bars."""
+def text() -> Iterator[str]:
+    """Yield the lines of a table: how many frames of each kind were found to have subtitles, credits and bars."""
+    cv2.setNumThreads(1)
     kinds = {"drawn": lambda picture, _: picture, "subtitles": subtitled, "credits": credited, "bars": letterboxed}
     found = {kind: {"subtitles": 0, "credits": 0, "bars": 0} for kind in (*kinds, "drawn, dark")}
     for seed in SEEDS:
@@ -90,11 +92,7 @@ def main() -> None:
                 alone = dict.fromkeys(SelectionConfig.__dataclass_fields__) | {"duplicate_change": 0}
                 rule = SelectionConfig(**(alone | {name: getattr(SelectionConfig(), name)}))
                 found[kind][reason] += select([row], rule)["a"]["reason"] == reason
-    print("| frames | number | subtitles found | credits found | bars found |\n|---|---|---|---|---|")
+    yield "| frames | number | subtitles found | credits found | bars found |"
+    yield "|---|---|---|---|---|"
     for kind, counts in found.items():
-        print(f"| {kind} | {len(SEEDS)} | {' | '.join(str(count) for count in counts.values())} |")
-
-
-if __name__ == "__main__":
-    cv2.setNumThreads(1)
-    main()
+        yield f"| {kind} | {len(SEEDS)} | {' | '.join(str(count) for count in counts.values())} |"
