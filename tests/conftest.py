@@ -1,4 +1,5 @@
-"""What tests share: one Ray for the session, two drawn films, a dataset built from them, a random-weight base."""
+"""What tests share: one Ray for the session, a short film, two drawn ones, a dataset built from them, a random-weight
+base."""
 
 from __future__ import annotations
 
@@ -49,6 +50,14 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clip(folder / "toon-00.mp4", plan_clip(40, shots=6, size=(480, 270)))
     write_clip(folder / "toon-01.mp4", plan_clip(41, shots=6, size=(480, 270)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A film of one second: two shots of 12 frames at 320x180. Read only."""
+    from tests.footage import patterns, write_film
+
+    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", patterns(2, 12))
 
 
 @pytest.fixture(scope="session")

@@ -40,8 +40,8 @@ def main(root: str, segments: int) -> None:
         committer = Committer(store, "candidates", every=config.commit_every)
         before = psutil.Process().memory_info().rss
         started = time.monotonic()
-        rows = [{"segment": segment} for segment in range(segments)]
-        stage.run("decode", "segments", WriteSegment(store), rows, committer, config)
+        rows = [{"segment": segment, "amount": config.video.segment_seconds} for segment in range(segments)]
+        stage.run("decode", "segments", stage.FILM, WriteSegment(store), rows, committer, config)
         seconds = time.monotonic() - started
         after = psutil.Process().memory_info().rss
     started = time.monotonic()

@@ -85,11 +85,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     locations._bucket.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", patterns(2, 12))
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> VideoConfig:
     return VideoConfig(cache_folder=str(tmp_path / "cache"))

@@ -27,11 +27,6 @@ LIMITS = {"deadline_seconds": 30, "memory_limit_mb": 4000}
 NAMES = ("two words.mp4", 'it\'s "quoted".mp4', "new\nline.mp4", "映画 é.mp4", "-x ;$(y)`z`.mp4", "[a]%20#?*.mp4")
 
 
-@pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", patterns(2, 12))
-
-
 def _config(*overrides: str) -> FactoryConfig:
     return settings.load(micro(), None, ["split.validation_share=0", *overrides])
 
