@@ -26,7 +26,7 @@ SHOWN_VERSIONS = (
     "diffusers",
     "transformers",
     "decord2",
-    "scenedetect-headless",
+    "opencv-python-headless",
 )
 
 

@@ -1,25 +1,19 @@
-"""The demo's report: one HTML file with its pictures inside, made from the tables, the run folder and the journal."""
+"""The demo's report: the dataset's, and what the run folder, the pictures and the journal tell, in one HTML file."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from PIL import Image
-
 from cluster.pictures import training_sketch
-from factory import status
 from factory.files import write_atomic
+from factory.report import parts, picture, render
 from factory.store import Store
 
-ROWS = 14  # frame | sketch | caption rows
-THUMBNAIL = 320  # px, long side of an embedded picture
+TEMPLATE = Path(__file__).with_name("demo.html.j2")
 SMOOTHING = 0.9  # of the loss curve, exponential
 
 # matplotlib writes colours into the SVG; these stand-ins become the page's own, so that the curve follows its scheme.
@@ -31,134 +25,15 @@ def write_report(output: Path, journal: dict[str, Any]) -> Path:
     """Write `output`/report.html about the demo in `output`; return its path."""
     root = output / "dataset"
     page = render(
-        funnel=funnel(root),
-        sources=sources(root),
-        rows=sample_rows(root),
+        TEMPLATE,
+        **parts(Store(str(root))),
+        name="AnimeSketch",
         training=training(output / "run"),
         pictures=pictures(output / "images", root),
         journal=journal,
     )
     write_atomic(output / "report.html", page)
     return output / "report.html"
-
-
-def render(**parts: Any) -> str:
-    """Return the page; every text that comes from data is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["clock"] = _clock
-    return environment.get_template("report.html.j2").render(**parts)
-
-
-def funnel(root: Path) -> dict[str, Any]:
-    """Return the counts from sources to kept samples, and per reason of dropping: its count and one example picture."""
-    store = Store(str(root))
-    counts = status.funnel(store)
-    columns = ["frame_id", "status", "reason", "score", "threshold", "duplicate_of"]
-    rows = store.table("candidates").to_table(columns=columns, with_row_address=True).to_pylist()
-    addresses = {row["frame_id"]: row["_rowaddr"] for row in rows}
-    by_reason: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["status"] != "kept":
-            why = row["reason"] or "no reason recorded"
-            if row["status"] != "dropped":  # could not be read, or no selection has decided yet
-                why = f"failed, {why}" if row["status"] == "failed" else "undecided"
-            by_reason.setdefault(why, []).append(row)
-    reasons = []
-    for reason, matching in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        example = matching[len(matching) // 2]
-        shown = [addresses[key] for key in (example["frame_id"], example["duplicate_of"]) if key in addresses]
-        examples = [picture(data, 200) for data in store.read_pictures("candidates", "image", shown) if data]
-        reasons.append(
-            {
-                "reason": reason if matching[0]["status"] == "failed" else reason.replace("_", " "),
-                "failed": matching[0]["status"] == "failed",
-                "count": len(matching),
-                "share": len(matching) / len(rows),
-                "examples": examples,  # the dropped frame, and the kept one that it duplicates
-                "score": example["score"],
-                "threshold": example["threshold"],
-            }
-        )
-    return {
-        "sources": sum(counts["sources"].values()),
-        "failed_sources": len(counts["failed_sources"]),
-        "segments": counts["segments"],
-        "candidates": counts["candidates"],
-        "kept": counts["kept"],
-        "kept_share": counts["kept"] / max(counts["candidates"], 1),
-        "splits": counts["splits"],
-        "reasons": reasons,
-    }
-
-
-def sources(root: Path) -> list[dict[str, Any]]:
-    """Return one entry per source, in order of its file's name, with the number of samples it gave."""
-    store = Store(str(root))
-    kept = Counter(store.table("samples").to_table(columns=["source_id"], filter="selected").column(0).to_pylist())
-    columns = [
-        "source_id",
-        "uri",
-        "codec",
-        "width",
-        "height",
-        "fps",
-        "duration",
-        "shots",
-        "candidates",
-        "status",
-        "error",
-    ]
-    rows = store.table("sources").to_table(columns=columns).to_pylist()
-    named = ({**row, "name": _name(row["uri"]), "kept": kept[row["source_id"]]} for row in rows)
-    return sorted(named, key=lambda row: row["name"])
-
-
-def sample_rows(root: Path, count: int = ROWS) -> list[dict[str, Any]]:
-    """Return `count` selected samples, taken from the sources in turn and spread over each, with frame and sketch.
-
-    They come in the order of the sources: those that gave most first.
-    """
-    columns = ["frame_id", "source_id", "timestamp", "width", "height", "caption", "caption_by", "keywords", "split"]
-    store = Store(str(root))
-    found = store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
-    names = {row["source_id"]: _name(row["uri"]) for row in found}
-    rows = store.table("samples").to_table(columns=columns, filter="selected", with_row_address=True).to_pylist()
-    by_source: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (names[row["source_id"]], row["timestamp"])):
-        by_source.setdefault(row["source_id"], []).append(row)
-    richest = sorted(by_source.values(), key=len, reverse=True)
-    chosen = [row for turn in turns(richest) for row in turn][:count]
-    chosen.sort(key=lambda row: (-len(by_source[row["source_id"]]), names[row["source_id"]], row["timestamp"]))
-    addresses = [row["_rowaddr"] for row in chosen]
-    frames = store.read_pictures("samples", "image", addresses)
-    sketches = store.read_pictures("samples", "training_sketch", addresses)
-    return [
-        {
-            **row,
-            "source": names[row["source_id"]],
-            "frame": picture(frame) if frame else None,
-            "sketch": picture(sketch) if sketch else None,
-        }
-        for row, frame, sketch in zip(chosen, frames, sketches, strict=True)
-    ]
-
-
-def turns(groups: Sequence[Sequence[Any]]) -> Iterable[list[Any]]:
-    """Yield turns over `groups`: each holds the next item of every group that has one left, distant items first."""
-    # 0, 1/2, 1/4, 3/4, 1/8, …: the places' bits reversed; the first place last, since films open on black or a title
-    spread = []
-    for group in groups:
-        places = {i: f"{i * 1024 // len(group):010b}"[::-1] for i in range(len(group))}
-        spread.append(sorted(places, key=lambda i, places=places: places[i]))
-    spread = [order[1:] + order[:1] for order in spread]
-    for turn in range(max(map(len, spread), default=0)):
-        yield [group[order[turn]] for group, order in zip(groups, spread, strict=True) if turn < len(order)]
 
 
 def training(run: Path) -> dict[str, Any] | None:
@@ -250,25 +125,6 @@ def pictures(folder: Path, root: Path) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def picture(data: bytes, long_side: int = THUMBNAIL) -> dict[str, Any]:
-    """Return an encoded picture, made at most `long_side` px long, as `uri` (data:), `width` and `height`.
-
-    A JPEG, but of pictures as small as the micro base draws: it would smear them.
-    """
-    with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("L" if opened.mode in ("1", "L", "LA", "I;16") else "RGB")
-    image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    kind = "png" if max(image.size) <= 128 else "jpeg"
-    image.save(out, kind, quality=82, optimize=True)
-    uri = f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
-    return {"uri": uri, "width": image.width, "height": image.height}
-
-
-def _name(uri: str) -> str:
-    return uri.rstrip("/").rsplit("/", 1)[-1]
-
-
 def _mean(points: Sequence[tuple[int, float]]) -> float:
     return sum(value for _, value in points) / len(points)
 
@@ -280,8 +136,3 @@ def _smooth(values: Sequence[float]) -> list[float]:
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         out.append(average / weight)
     return out
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

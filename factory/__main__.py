@@ -3,69 +3,149 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import json
 import sys
 import warnings
 from dataclasses import asdict
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from factory.config import FactoryConfig
+    from factory.store import Store
 
 DONE, UNFINISHED, USAGE, SOURCES_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
-_EPILOG = """\
-examples:
-  python -m factory build films/ --root /data/anime
-  python -m factory build 'films/*.mkv' --root /data/anime --preset paper --set 'split.holdout=["ep12.mkv"]'
-  python -m factory select --root /data/anime --set selection.min_sharpness=80
-  python -m factory status --root /data/anime
-  ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime
+# verb -> what it does, and examples of it
+_VERBS = {
+    "build": (
+        "run all stages over films: decode, select, sketch, caption",
+        (
+            "build films/ --root /data/anime",
+            """build 'films/*.mkv' --root /data/anime --preset paper --set 'split.holdout=["ep12.mkv"]'""",
+        ),
+    ),
+    "select": (
+        "decide again which candidates are kept, from their stored scores",
+        ("select --root /data/anime --set selection.min_sharpness=80",),
+    ),
+    "sketch": (
+        "draw the sketches that are missing or stale",
+        ("sketch --root /data/anime --set sketch.size=2048",),
+    ),
+    "caption": (
+        "write the captions that are missing or stale",
+        ("caption --root /data/anime --set caption.model=/models/blip",),
+    ),
+    "status": (
+        "print the funnel, the settings, what is stale and which command mends it",
+        ("status --root /data/anime", "status --root /data/anime --json"),
+    ),
+    "report": (
+        "write one HTML page: the funnel, reasons with examples, sources, samples",
+        ("report --root /data/anime", "report --root /data/anime --output anime.html"),
+    ),
+    "verify": (
+        "read every file and picture again and compare it with its sha256",
+        ("verify --root /data/anime", "verify --root /data/anime --json"),
+    ),
+    "compact": (
+        "merge small fragments, remove old versions and what crashes left",
+        ("compact --root /data/anime", "compact --root /data/anime --older-than 2"),
+    ),
+    "tag": (
+        "name the present version of all tables, for data.version of a trainer; without a name, list them",
+        ("tag round-1 --root /data/anime", "tag --root /data/anime", "tag round-1 --delete --root /data/anime"),
+    ),
+    "config": (
+        "print all settings as YAML with their comments, for --config",
+        ("config --preset paper > paper.yaml", "config --root /data/anime"),
+    ),
+}
 
-exit codes: 0 done; 1 not finished, run it again; 2 wrong usage; 3 (build) finished, but some sources failed.
+_EXIT_CODES = """\
+exit codes: 0 done; 1 not finished, run it again, or (verify) something is damaged; 2 wrong usage; 3 (build) finished,
+but some sources failed.
 Whatever was committed is kept: after a crash, run the same command again."""
+
+_ON_A_CLUSTER = 'ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime'
+
+
+_SOURCES = "films and still pictures: files, folders, or globs in quotes; local paths, s3:// or gs:// URIs"
 
 
 def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    examples = [f"  python -m factory {examples[0]}" for _, examples in _VERBS.values()]
     parser = argparse.ArgumentParser(
         prog="python -m factory",
         description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["examples:", *examples, f"  {_ON_A_CLUSTER}", "", _EXIT_CODES]),
+        formatter_class=raw,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    helps = {
-        "build": "run all stages over films: decode, select, sketch, caption",
-        "select": "decide again which candidates are kept, from their stored scores",
-        "sketch": "draw the sketches that are missing or of another configuration",
-        "caption": "write the captions that are missing or of another rule",
-        "status": "print the funnel",
-    }
-    for verb, text in helps.items():
-        sub = verbs.add_parser(
-            verb, help=text, description=text, epilog=_EPILOG, formatter_class=parser.formatter_class
-        )
+    for verb, (text, examples) in _VERBS.items():
+        lines = ["examples:", *(f"  python -m factory {example}" for example in examples), "", _EXIT_CODES]
+        sub = verbs.add_parser(verb, help=text, description=text, epilog="\n".join(lines), formatter_class=raw)
         if verb == "build":
-            sub.add_argument("sources", nargs="+", metavar="SOURCES", help="video files, folders, or globs in quotes")
+            sub.add_argument("sources", nargs="+", metavar="SOURCES", help=_SOURCES)
+            sub.add_argument("--sources-file", metavar="FILE", help="YAML that says whose the sources are (README)")
+            sub.add_argument(
+                "--frames",
+                choices=("shots", "keyframes", "interval"),
+                help="candidates: the best frame of each shot, key frames alone (fast), or one every "
+                "video.interval_seconds; the same as --set video.frames=...",
+            )
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
-        sub.add_argument("--root", required=True, help="folder of the dataset's tables; made if absent")
-        if verb == "status":
-            sub.add_argument("--json", action="store_true", help="print the counts as JSON")
-            continue
-        sub.add_argument(
-            "--preset",
-            choices=("micro", "paper"),
-            help="default: the settings that the root was last written with, or micro",
-        )
-        sub.add_argument("--config", metavar="FILE", help="YAML laid over them")
-        sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="one setting; may be repeated")
+        made = "; made if absent" if verb == "build" else ""
+        sub.add_argument("--root", required=verb != "config", help=f"folder of the dataset's tables{made}")
+        if verb in ("status", "verify"):
+            sub.add_argument("--json", action="store_true", help="print all of it as JSON")
+        elif verb == "compact":
+            age = "age from which a version without a tag is removed (default: %(default)s)"
+            sub.add_argument("--older-than", type=float, default=14, metavar="DAYS", help=age)
+        elif verb == "tag":
+            sub.add_argument("name", nargs="?", metavar="NAME", help="letters, digits, dots, dashes, underscores")
+            sub.add_argument("--delete", action="store_true", help="take the tag off")
+        elif verb == "report":
+            sub.add_argument("--output", metavar="FILE", help="default: report.html in the root")
+        else:
+            sub.add_argument(
+                "--preset",
+                choices=("micro", "paper"),
+                help="default: the settings that the root was last written with, or micro",
+            )
+            sub.add_argument("--config", metavar="FILE", help="YAML laid over them")
+            sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="one setting; may be repeated")
     return parser
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line; leave with USAGE and what to type where it is wrong."""
+    parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(USAGE)
+    verb = arguments[0]
+    if verb not in _VERBS and not verb.startswith("-"):
+        near = difflib.get_close_matches(verb, _VERBS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(_VERBS)}."
+        parser.error(f"no verb {verb!r}. {hint}")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
-    args = _parser().parse_args(arguments)
+    args = _parse(sys.argv[1:] if arguments is None else arguments)
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     from factory.store import DamagedData, DatasetBusy, NotFinished
 
     try:
-        return _run(args)
+        own = {"config": _config, "status": _status, "report": _report}
+        own |= {"verify": _verify, "tag": _tag, "compact": _compact}
+        return own.get(args.verb, _run)(args)
     except (ValueError, FileNotFoundError) as error:
         cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
         print(f"factory: {cause}", file=sys.stderr)
@@ -78,48 +158,146 @@ def main(arguments: list[str] | None = None) -> int:
         return UNFINISHED
 
 
-def _run(args: argparse.Namespace) -> int:
-    from factory import status, video
-    from factory.files import write_atomic
-    from factory.settings import absolute, load
+def _store(root: str) -> Store:
+    from factory.settings import absolute
     from factory.store import Store
 
-    store = Store(absolute(args.root, "--root"))
-    if args.verb == "status":
-        counts = status.funnel(store)
-        print(json.dumps(counts) if args.json else status.describe(counts))
-        return DONE
+    return Store(absolute(root, "--root"))
 
-    from factory import pipeline
+
+def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
+    """The settings of a command: the preset, or those that `store` was last written with; --config and --set on top."""
     from factory.config import PRESETS
-    from factory.session import ray_session
+    from factory.settings import load
 
-    config = PRESETS[args.preset or "micro"]()
-    if not args.preset and store.settings_file.exists():
-        config = load(config, store.settings_file)
-    config = load(config, args.config, args.set)
-    paths = []
+    kept = _kept(store) if store is not None and not args.preset else None
+    frames = [f"video.frames={args.frames}"] if args.verb == "build" and args.frames else []
+    return load(kept or PRESETS[args.preset or "micro"](), args.config, [*frames, *args.set])
+
+
+def _kept(store: Store) -> FactoryConfig | None:
+    from factory.config import FactoryConfig
+    from factory.settings import from_dict
+
+    kept = store.settings() if store.has("samples") else None
+    try:
+        return from_dict(FactoryConfig, kept) if kept else None
+    except ValueError as error:
+        raise ValueError(f"The settings kept in {store.root} are another version's. {error} Give --preset.") from None
+
+
+def _config(args: argparse.Namespace) -> int:
+    from factory.settings import template
+
+    print(template(_settings(args, _store(args.root) if args.root else None)), end="")
+    return DONE
+
+
+def _status(args: argparse.Namespace) -> int:
+    from factory import status
+    from factory.config import micro
+    from factory.settings import changes
+
+    store = _store(args.root)
+    counts = status.funnel(store)
+    config = _kept(store) or micro()
+    stale = status.stale(store, config)
+    if args.json:
+        print(json.dumps(counts | {"stale": stale, "settings": asdict(config)}))
+        return DONE
+    print(status.describe(counts))
+    print("settings", *changes(config, micro()) or ["those of preset micro"])
+    print("\n".join(status.describe_stale(stale, args.root) or ["stale   nothing"]))
+    _print_next(status.next_verb(counts, stale), args.root)
+    return DONE
+
+
+def _print_next(verb: str | None, root: str) -> None:
+    if verb is not None:
+        sources = "SOURCES " if verb == "build" else ""
+        print(f"next: python -m factory {verb} {sources}--root {root}", flush=True)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from factory.report import write_report
+    from factory.settings import absolute
+
+    store = _store(args.root)
+    output = absolute(args.output, "--output") if args.output else store.root / "report.html"
+    print(write_report(store, Path(output)))
+    return DONE
+
+
+def _run(args: argparse.Namespace) -> int:
+    from factory import pipeline, status
+    from factory.locations import normal
+    from factory.rights import RightsFile
+    from factory.session import ray_session
+    from factory.settings import absolute
+    from factory.sources import find_sources
+
+    store = _store(args.root)
+    config = _settings(args, store)
+    paths, rights = [], None
     if args.verb == "build":
-        paths = video.find_sources([absolute(source, "SOURCES") for source in args.sources])
+        paths = find_sources([absolute(source, "SOURCES") for source in args.sources])
+        if args.sources_file:
+            rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
     with ray_session(), store.lock():
         built: set[str] = set()
         if args.verb == "build":
-            built = pipeline.build(store, paths, config)
+            built = pipeline.build(store, paths, config, rights)
         else:
             getattr(pipeline, args.verb)(store, config)
-        write_atomic(store.settings_file, json.dumps(asdict(config), indent=2) + "\n")
     counts = status.funnel(store)
     print(status.describe(counts), flush=True)
-    verb = status.next_verb(counts)
-    if verb is not None:
-        print(f"next: python -m factory {verb} --root {args.root}", flush=True)
-        if verb == args.verb or args.verb == "build":
-            return UNFINISHED
+    verb = status.next_verb(counts, status.stale(store, config))
+    _print_next(verb, args.root)
+    if verb is not None and (verb == args.verb or args.verb == "build"):
+        return UNFINISHED
     sources = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
     failed = any(row["status"] in ("failed", "partial") for row in sources if row["source_id"] in built)
     return SOURCES_FAILED if failed and not args.allow_failures else DONE
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from factory.verify import verify
+
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        report = verify(_store(args.root))
+    print(json.dumps(asdict(report)) if args.json else report)
+    return UNFINISHED if report.damaged else DONE
+
+
+def _tag(args: argparse.Namespace) -> int:
+    from factory import tags
+
+    store = _store(args.root)
+    store.table("samples")  # an absent dataset is an error, not a new one
+    if args.name is not None:
+        with store.lock():
+            tags.delete(store, args.name) if args.delete else tags.tag(store, args.name)
+    print(tags.describe(tags.tags(store)))
+    return DONE
+
+
+def _compact(args: argparse.Namespace) -> int:
+    from factory import schema
+    from factory.compact import ROWS, compact
+    from factory.config import micro
+
+    store, older_than = _store(args.root), timedelta(days=args.older_than)
+    # a fragment of samples stays a unit of work of the sketch and caption stages
+    rows = {"samples": (_kept(store) or micro()).samples_per_unit}
+    with store.lock():
+        for name in schema.TABLES:
+            done = compact(store, name, rows=rows.get(name, ROWS), older_than=older_than)
+            print(f"compact  {name}: {done}", flush=True)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ class Captioner:
 def _loaded(folder: str) -> tuple[Any, Any]:
     import torch
     from transformers import BlipForConditionalGeneration, BlipProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # in a job's log each of its steps is a line
     blip = BlipForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )

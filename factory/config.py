@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from factory import caption, quality, video
+from factory import caption, scores, selection, video
 from factory.caption import CaptionConfig
-from factory.quality import SelectionConfig
+from factory.selection import SelectionConfig
 from factory.settings import STRICT
 from factory.sketch import engine
 from factory.sketch.engine import SketchConfig
 from factory.split import SplitConfig
 from factory.video import VideoConfig
+
+STAGES = ("decode", "select", "sketch", "caption")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +46,32 @@ class FactoryConfig:
         for name in ("commit_every", "samples_per_unit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_cpus <= 0:
+            raise ValueError(f"num_cpus must be above 0, got {self.num_cpus}.")
 
     def fingerprints(self) -> dict[str, str]:
-        """Return each stage's fingerprint: 16 hex digits over its code version, models and part of the settings.
+        """Return the fingerprint of every stage."""
+        return {stage: self.fingerprint(stage) for stage in STAGES}
 
-        FileNotFoundError when a model is not there.
+    def fingerprint(self, stage: str) -> str:
+        """Return a stage's fingerprint: 16 hex digits over its code version, model and part of the settings.
+
+        FileNotFoundError when the stage's model is not there.
         """
-        found = {name: value for name, value in asdict(self.video).items() if name not in video.RUNTIME_ONLY}
-        parts = {
-            "decode": (video.VERSION, quality.VERSION, found),
-            "select": (quality.VERSION, asdict(self.selection)),
-            "sketch": (engine.VERSION, engine.converter_id(self.sketch), asdict(self.sketch)),
-            "caption": (caption.VERSION, asdict(self.caption) | {"model": caption.caption_by(self.caption.model)}),
-        }
-        return {
-            stage: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
-            for stage, part in parts.items()
-        }
+        return hashlib.sha256(json.dumps(self._decides(stage), sort_keys=True).encode()).hexdigest()[:16]
+
+    def _decides(self, stage: str) -> Any:
+        """What decides a stage's results, as JSON values; of a model that is its weights' hash, not the path."""
+        if stage == "decode":
+            found = {name: value for name, value in asdict(self.video).items() if name not in video.RUNTIME_ONLY}
+            return (video.VERSION, scores.VERSION, found)
+        if stage == "select":
+            return (selection.VERSION, asdict(self.selection))
+        if stage == "sketch":
+            return (engine.VERSION, engine.converter_id(self.sketch), asdict(self.sketch))
+        if stage == "caption":
+            return (caption.VERSION, asdict(self.caption) | {"model": caption.caption_by(self.caption.model)})
+        raise ValueError(f"No stage {stage!r}. Stages: {', '.join(STAGES)}.")
 
 
 def micro() -> FactoryConfig:

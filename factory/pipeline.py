@@ -7,19 +7,24 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
-from factory import quality, schema, tasks, video
+from factory import metrics, schema, selection, tasks
+from factory.committer import Committer, check_keys
 from factory.config import FactoryConfig
-from factory.stage import Progress, Row, run, run_tasks, update
-from factory.store import Committer, NotFinished, Store, check_keys
+from factory.rights import RightsFile
+from factory.sources import FACTS, is_picture, segments_of, unread_id
+from factory.stage import FILM, PICTURES, Progress, Row, in_lots, run, run_tasks, update
+from factory.store import NotFinished, Store
 
 
-def build(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
+def build(store: Store, paths: list[str], config: FactoryConfig, rights: RightsFile | None = None) -> set[str]:
     """Run all stages over the films at `paths`, in a locked root; return their source_ids.
 
     What an earlier run committed is not done again.
     """
     store.create()
     sources = decode(store, paths, config)
+    if rights is not None:
+        record_rights(store, rights)
     select(store, config)
     sketch(store, config)
     caption(store, config)
@@ -36,11 +41,23 @@ def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
     built = add_sources(store, paths, config)
     committer = Committer(store, "candidates", every=config.commit_every)
     _refuse_other_settings(store, config)
+    store.keep_settings(asdict(config))
     known = store.table("sources").to_table().to_pylist()
     open_sources = [row for row in known if row["source_id"] in built or row["status"] == "pending"]
-    segments = [segment for row in open_sources for segment in video.segments_of(row)]
-    missing = [asdict(segment) for segment in segments if segment.segment_id not in committer.done]
-    failures = run("decode", "segments", tasks.DecodeSegment(store, config), missing, committer, config)
+    segments = [segment for row in open_sources for segment in segments_of(row)]
+    missing = [segment for segment in segments if segment.segment_id not in committer.done]
+    ends = {row["source_id"]: row["duration"] for row in known}
+    films = [
+        asdict(segment) | {"amount": min(segment.end, ends[segment.source_id]) - segment.start}
+        for segment in missing
+        if not is_picture(segment.uri)
+    ]
+    failures = run("decode", "segments", FILM, tasks.DecodeSegment(store, config), films, committer, config)
+    pictures = [asdict(segment) for segment in missing if is_picture(segment.uri)]
+    if pictures:
+        units = [{"segments": some, "amount": len(some)} for some in in_lots(pictures, config.video.pictures_per_unit)]
+        task = tasks.DecodePictures(store, config)
+        failures += run("pictures", "units of pictures", PICTURES, task, units, committer, config)
     close_sources(store, committer.done, {failure["source_id"]: failure["error"] for failure in failures})
     return built
 
@@ -49,32 +66,61 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     """Describe the files at `paths` (hash, container facts), append the new ones to the sources table.
 
     Return their source_ids. The same bytes under two names are one source; a known one that was moved gets its new
-    path, one that could not be opened is looked at again.
+    path, one that could not be opened is looked at again, one that did not change is not read.
     """
     committer = Committer(store, "sources", every=1)
     known = {row["source_id"]: row for row in store.table("sources").to_table(with_row_address=True).to_pylist()}
-    found: dict[str, Row] = {}
-    progress = Progress("sources", "files", len(paths))
-    for row in run_tasks(tasks.DescribeSource(config), [{"uri": path} for path in paths], config):
-        described = json.loads(row["json"])
-        first = found.setdefault(described["source_id"], described)
-        first["uri"] = min(first["uri"], described["uri"])
+    films = [[path] for path in paths if not is_picture(path)]
+    pictures = in_lots([path for path in paths if is_picture(path)], config.video.pictures_per_unit)
+    units = [{"uris": uris} for uris in (*films, *pictures)]
+    progress = Progress("sources", "units of files", len(units))
+    opened = [row for row in known.values() if row["segment_starts"] is not None]
+    answers: list[Row] = []
+    for answer in run_tasks(tasks.DescribeSources(config, opened), units, config):
+        answers += json.loads(answer["json"])
         progress.step()
+
+    def rank(row: Row) -> tuple[bool, str]:
+        """Of the names of one source, that which it has already goes before the first in the alphabet."""
+        return row["uri"] != known.get(row["source_id"], row)["uri"], row["uri"]
+
+    found = {row["source_id"]: row for row in sorted(answers, key=rank, reverse=True)}
     new = [found[key] for key in sorted(found.keys() - known.keys())]
+    metrics.count("failures", sum(row["status"] == "failed" for row in new), stage="sources", kind="unopened")
     if new:
-        committer.add(store.write_unit("sources", tasks.unit("sources", [row["source_id"] for row in new]), new))
-    columns = ("uri", "collection", "error", *video.FACTS)
+        # named by the version too: a source that was removed may come again
+        version = store.table("sources").version
+        unit = tasks.unit(f"sources-{version}", [row["source_id"] for row in new])
+        committer.add(store.write_unit("sources", unit, new))
     changed = []
     for key in sorted(found.keys() & known.keys()):
         old, now = known[key], found[key]
-        opened = old["segment_starts"] is not None  # its segments stay as they were first cut
-        if (opened and old["uri"] in paths) or (not opened and now["status"] == "failed"):
-            continue
-        facts = {name: (old if opened else now).get(name) for name in columns}
-        moved = {"uri": now["uri"], "collection": now["collection"]}
-        changed.append({"source_id": key, "_rowaddr": old["_rowaddr"], **facts, **moved})
+        if "status" not in now:
+            continue  # it is as it was
+        names = ("uri", "collection", "modified_ns")
+        if old["segment_starts"] is None:  # its segments stay as they were first cut
+            names += ("error", *FACTS)
+        if any(old[name] != now.get(name) for name in names):
+            facts = {name: old[name] for name in ("error", *FACTS)} | {name: now.get(name) for name in names}
+            changed.append({"source_id": key, "_rowaddr": old["_rowaddr"], **facts})
     update(store, "sources", changed)
+    read = {unread_id(row["uri"]) for row in answers} - found.keys()
+    store.remove("sources", read & known.keys())  # they said that the file at this place could not be read
     return set(found)
+
+
+def record_rights(store: Store, rights: RightsFile) -> None:
+    """Write whose they are into all sources that the file names; the others stay as they are."""
+    sources = store.table("sources").to_table(with_row_address=True).to_pylist()
+    changed = []
+    for source in sources:
+        columns = rights.rights_of(source["uri"])
+        if columns is not None and any(source[name] != value for name, value in columns.items()):
+            changed.append({"source_id": source["source_id"], "_rowaddr": source["_rowaddr"], **columns})
+    update(store, "sources", changed)
+    print(f"rights   {len(changed)} of {len(sources)} sources changed", flush=True)
+    for pattern in rights.unused([source["uri"] for source in sources]):
+        print(f"rights   {pattern!r} names no source", flush=True)
 
 
 def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
@@ -93,15 +139,19 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
         failed = [row for row in by_source[key] if row["status"] == "failed"]
         reasons = [f"after {row['timestamp']:.2f} s, {row['reason']}" for row in failed]
         reasons += [errors[key]] if key in errors else []
-        missing = any(segment.segment_id not in done for segment in video.segments_of(source))
+        missing = any(segment.segment_id not in done for segment in segments_of(source))
+        if missing and key not in errors:
+            continue  # this run did not try it: what an earlier one said of it stands
         facts = {
-            "status": ("partial" if good else "failed") if reasons else "pending" if missing else "ok",
+            "status": ("partial" if good else "failed") if reasons else "ok",
             "error": reasons[0] if reasons else None,
             "shots": len({row["shot"] for row in good}),
             "candidates": len(good),
         }
         if any(source[name] != value for name, value in facts.items()):
             changed.append({"source_id": key, "_rowaddr": source["_rowaddr"], **facts})
+            if facts["status"] in ("partial", "failed"):
+                metrics.count("failures", stage="decode", kind=facts["status"])
     update(store, "sources", changed)
 
 
@@ -112,11 +162,11 @@ def select(store: Store, config: FactoryConfig) -> None:
         raise NotFinished(
             f"{states.count('pending')} source(s) are not decoded to their end. Run the same build again."
         )
-    fingerprint = config.fingerprints()["select"]
-    names = ["frame_id", "source_id", "status", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
-    names += ["width", "height", "sharpness", "brightness", "contrast", "phash", "embedding"]
+    store.keep_settings(asdict(config))
+    fingerprint = config.fingerprint("select")
+    names = [*selection.COLUMNS, "source_id", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
     candidates = store.table("candidates").to_table(columns=names, with_row_address=True).to_pylist()
-    decisions = quality.select(candidates, config.selection)
+    decisions = selection.select(candidates, config.selection)
     changed = []
     for row in candidates:
         if row["frame_id"] in decisions:
@@ -125,6 +175,7 @@ def select(store: Store, config: FactoryConfig) -> None:
                 changed.append({"frame_id": row["frame_id"], "_rowaddr": row["_rowaddr"], **new})
     # One transaction: a selection is complete or it never was, so "kept by an earlier one" survives a crash.
     update(store, "candidates", changed)
+    metrics.count("rows", len(changed), stage="select")
     print(f"select   {len(changed)} of {len(candidates)} candidates decided anew", flush=True)
 
     kept = {frame: row for frame, row in decisions.items() if row["status"] == "kept"}
@@ -136,10 +187,12 @@ def select(store: Store, config: FactoryConfig) -> None:
     update(store, "samples", [{name: row[name] for name in names} | {"selected": not row["selected"]} for row in flips])
     present = {row["frame_id"] for row in samples}
     new = sorted((row["frame_id"], row["_rowaddr"]) for row in candidates if row["frame_id"] in kept.keys() - present)
-    units = [new[i : i + config.samples_per_unit] for i in range(0, len(new), config.samples_per_unit)]
-    rows = [{"addresses": [address for _, address in unit]} for unit in units]
+    rows = [
+        {"addresses": [address for _, address in unit], "amount": len(unit)}
+        for unit in in_lots(new, config.samples_per_unit)
+    ]
     splits = {row["source_id"]: row["split"] for row in samples}  # a source keeps its split: frames never leak
-    run("samples", "units of samples", tasks.AppendSamples(store, config, splits), rows, committer, config)
+    run("samples", "units of samples", PICTURES, tasks.AppendSamples(store, config, splits), rows, committer, config)
 
 
 def sketch(store: Store, config: FactoryConfig) -> None:
@@ -154,22 +207,26 @@ def caption(store: Store, config: FactoryConfig) -> None:
 
 def _update_samples(store: Store, config: FactoryConfig, stage: str, task: Callable[[dict], dict]) -> None:
     """Run `task` over the selected samples whose fingerprint of `stage` is another, a fragment at a time."""
-    fingerprint = config.fingerprints()[stage]
+    store.keep_settings(asdict(config))
+    fingerprint = config.fingerprint(stage)
     samples = store.table("samples").to_table(columns=["stages"], filter="selected", with_row_address=True).to_pylist()
     stale: dict[int, list[int]] = defaultdict(list)
     for row in samples:
         if (row["stages"] or {}).get(stage) != fingerprint:
             stale[row["_rowaddr"] >> 32].append(row["_rowaddr"])
-    rows = [{"fragment": fragment, "addresses": sorted(addresses)} for fragment, addresses in sorted(stale.items())]
+    rows = [
+        {"fragment": fragment, "addresses": sorted(addresses), "amount": len(addresses)}
+        for fragment, addresses in sorted(stale.items())
+    ]
     committer = Committer(store, "samples", every=config.commit_every)
-    run(stage, "units of samples", task, rows, committer, config)
+    run(stage, "units of samples", PICTURES, task, rows, committer, config)
 
 
 def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
     present = store.table("candidates").to_table(columns=["decode_fingerprint"])["decode_fingerprint"].unique()
-    others = set(present.to_pylist()) - {config.fingerprints()["decode"]}
+    others = set(present.to_pylist()) - {config.fingerprint("decode")}
     if others:
         raise ValueError(
             f"Dataset {store.root} was decoded with other video settings or another version (fingerprint "
-            f"{others.pop()}, now {config.fingerprints()['decode']}). Use those settings, or a new --root."
+            f"{others.pop()}, now {config.fingerprint('decode')}). Use those settings, or a new --root."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lance
 import pyarrow as pa
 
-FORMAT = "1"  # raised when a reader of the older tables would be wrong
+FORMAT = "2"  # raised when a reader of the older tables would be wrong
 STORAGE_VERSION = "2.2"  # the first Lance file format with blob v2 columns
 EMBEDDING = "layout-8x8-rgb"  # recorded in the table's metadata; a table with another one is refused
 EMBEDDING_SIZE = 192
@@ -34,6 +34,8 @@ _SCORES = (
     pa.field("brightness", pa.float32()),  # mean luma, 0..1
     pa.field("contrast", pa.float32()),  # standard deviation of luma, 0..0.5
     pa.field("entropy", pa.float32()),  # bits of the luma histogram, 0..8
+    pa.field("text_share", pa.float32()),  # of the picture, covered by text above its lower quarter, 0..0.75
+    pa.field("subtitle_share", pa.float32()),  # of the picture, covered by text in its lower quarter, 0..0.25
 )
 
 SOURCES = _table(
@@ -48,6 +50,7 @@ SOURCES = _table(
     pa.field("start_time", pa.float64()),  # s, the container's own offset
     pa.field("duration", pa.float64()),  # s
     pa.field("size_bytes", pa.int64()),
+    pa.field("modified_ns", pa.int64()),  # since 1970; size and this unchanged: the file is not hashed again
     pa.field("title", pa.string()),
     pa.field("rights_holder", pa.string()),
     pa.field("licence", pa.string()),  # "unknown" unless the user says otherwise
@@ -73,8 +76,14 @@ CANDIDATES = _table(
     pa.field("height", pa.int32()),
     lance.blob_field("image"),
     pa.field("image_sha256", pa.string()),
+    pa.field("bar_top", pa.int32()),  # pixels of the decoded frame that black bars cover; cut off by video.crop_bars
+    pa.field("bar_bottom", pa.int32()),
+    pa.field("bar_left", pa.int32()),
+    pa.field("bar_right", pa.int32()),
+    pa.field("subtitle_height", pa.int32()),  # pixels from the lower edge (or bar) to the text's top
     *_SCORES,
     pa.field("phash", pa.int64()),  # 64 bits
+    pa.field("signature", pa.binary()),  # 32x32 cells of luma, Cr, Cb: what duplicates are compared by
     _EMBEDDING,
     pa.field("status", pa.string()),  # kept, dropped, failed; null until a selection has decided
     pa.field("reason", pa.string()),

@@ -1,10 +1,13 @@
-"""Settings: a preset, then a YAML file, then `--set a.b=c`, checked into a frozen dataclass."""
+"""Settings: a preset, then a YAML file, then `--set a.b=c`, checked into a frozen dataclass; and back to YAML."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import os
+import textwrap
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +21,15 @@ STRICT = ConfigDict(extra="forbid")  # set as __pydantic_config__ on every setti
 T = TypeVar("T")
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML without aliases: a few lines of them can stand for more values than there is memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are refused: write the value out")
+        return super().compose_node(parent, index)
+
+
 def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
     """Return `preset` with the YAML (or JSON) `file` and then the `a.b=c` overrides laid over it.
 
@@ -27,8 +39,7 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
     values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
     cls = type(preset)
     if file is not None:
-        text = Path(file).read_text()
-        layer = _yaml(text, f"config file {file}")
+        layer = parse_yaml(_text(file), f"Config file {file}")
         if not isinstance(layer, Mapping):
             raise ValueError(f"Config file {file} must hold a mapping of settings, found {type(layer).__name__}.")
         _merge(values, layer, cls, "")
@@ -36,10 +47,22 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
         key, sign, text = item.partition("=")
         if not sign or not key:
             raise ValueError(f"--set takes key=value, such as selection.min_sharpness=80; got {item!r}.")
-        layer = _yaml(text, f"--set {item}")
+        layer = parse_yaml(text, f"--set {item}")
         for part in reversed(key.split(".")):
             layer = {part: layer}
         _merge(values, layer, cls, "")
+    return from_dict(cls, values)
+
+
+def layered(preset: T, layer: Mapping[Any, Any]) -> T:
+    """Return `preset` with `layer` laid over it. ValueError as of `load`."""
+    values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
+    _merge(values, layer, type(preset), "")
+    return from_dict(type(preset), values)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return the settings `cls` with these `values`, nested as in `dataclasses.asdict`. ValueError names a bad one."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -48,10 +71,65 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
         raise ValueError(f"Setting {where}: {first['msg']} (got {first['input']!r}).") from None
 
 
-def _yaml(text: str, where: str) -> Any:
+def template(settings: Any) -> str:
+    """Return a settings dataclass as YAML that `load` reads, with the comments that stand above its fields."""
+    above = _comments(type(settings))
+    lines: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        lines += above[field.name]
+        if dataclasses.is_dataclass(value):
+            lines += [f"{field.name}:", textwrap.indent(template(value), "  ").rstrip("\n")]
+        else:
+            lines.append(f"{field.name}: {_on_one_line(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def changes(settings: Any, base: Any) -> list[str]:
+    """Return where `settings` differ from `base`, of the same class, as `a.b=c` that `--set` takes."""
+    found: list[str] = []
+    for field in dataclasses.fields(settings):
+        value, other = getattr(settings, field.name), getattr(base, field.name)
+        if dataclasses.is_dataclass(value):
+            found += [f"{field.name}.{change}" for change in changes(value, other)]
+        elif value != other:
+            found.append(f"{field.name}={_on_one_line(value)}")
+    return found
+
+
+def _on_one_line(value: Any) -> str:
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1]
+
+
+def _comments(cls: type) -> dict[str, list[str]]:
+    """Return by field the comment lines directly above it in the source of the dataclass `cls`."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines = [line.strip() for line in source.splitlines()]
+    (node,) = ast.parse(source).body
+    found: dict[str, list[str]] = {}
+    for item in getattr(node, "body", []):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            first = end = item.lineno - 1
+            while lines[first - 1].startswith("#"):
+                first -= 1
+            found[item.target.id] = lines[first:end]
+    return found
+
+
+def _text(file: str | Path) -> str:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return Path(file).read_text()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"No config file {file}. Print one to start from: python -m factory config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Config file {file} cannot be read as text: {error}") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what YAML `text` holds. ValueError, beginning with `where`, when it is none."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where} is not valid YAML: {error}") from None
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from dataclasses import dataclass
-from pathlib import PurePath
 
+from factory.locations import path_of
 from factory.settings import STRICT
+from factory.sources import is_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,10 @@ class SplitConfig:
 
 def split_of(source_id: str, uri: str, config: SplitConfig) -> str:
     """Return "validation" for a source that is held out, else "train"."""
-    path = PurePath(uri)
+    path = path_of(uri)
     for pattern in config.holdout:
         if any(fnmatch.fnmatchcase(name, pattern) for name in (path.name, path.parent.name, uri)):
             return "validation"
+    if is_picture(uri):  # those of one folder often show one scene: they stay together
+        source_id = hashlib.sha256(path.parent.name.encode()).hexdigest()
     return "validation" if int(source_id[:8], 16) / 2**32 < config.validation_share else "train"

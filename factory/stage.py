@@ -7,35 +7,75 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from factory import metrics
+from factory.committer import Committer
 from factory.config import FactoryConfig
-from factory.store import Committer, Store
+from factory.store import Store
 
 Row = dict[str, Any]
+T = TypeVar("T")
+_SECONDS_BETWEEN_LINES = 5
+
+
+class Measure(NamedTuple):
+    """What a stage's work is measured in: in words, and as the counter of `metrics`."""
+
+    words: str
+    counter: str
+
+
+FILM = Measure("s of film", "film_seconds")
+PICTURES = Measure("pictures", "pictures")
 
 
 def run(
-    stage: str, noun: str, task: Callable, rows: list[dict[str, Any]], committer: Committer, config: FactoryConfig
+    stage: str,
+    noun: str,
+    measure: Measure,
+    task: Callable,
+    rows: list[Row],
+    committer: Committer,
+    config: FactoryConfig,
 ) -> list[Row]:
     """Run `task` over `rows`, hand each entry to the committer as it comes, and publish all of them.
 
-    Return the answers that are errors: what they stand for is not done.
+    Each row has, beside what the task reads, its `amount` of work by `measure`. Return the errors: answers that are
+    one, and those that an entry has as `unread`. What they stand for is not done.
     """
-    progress = Progress(stage, noun, len(rows))
+    progress = Progress(stage, noun, len(rows), measure.words, sum(row["amount"] for row in rows))
     failures: list[Row] = []
-    for row in run_tasks(task, rows, config):
-        entry = json.loads(row["entry"])
-        if "error" in entry:
-            failures.append(entry)
-        else:
+    for answer in run_tasks(_measured(task), rows, config):
+        entry = json.loads(answer["entry"])
+        failed = [entry] if "error" in entry else entry.pop("unread", [])
+        failures += failed
+        metrics.count("failures", len(failed), stage=stage, kind="unfinished")
+        if "error" not in entry:
             committer.add(entry)
-        progress.step(entry.get("rows", 0))
+            metrics.count(measure.counter, answer["amount"], stage=stage)
+            metrics.count("rows", entry["rows"], stage=stage)
+            metrics.count("written_bytes", sum(entry["files"].values()), stage=stage)
+        metrics.count("units", stage=stage)
+        metrics.count("stage_seconds", answer["seconds"], stage=stage)
+        progress.step(answer["amount"], rows=entry.get("rows", 0), failed=len(failed))
     committer.flush()
     return failures
 
 
-def run_tasks(task: Callable, rows: list[dict[str, Any]], config: FactoryConfig) -> Iterator[Row]:
+def _measured(task: Callable) -> Callable[[Row], Row]:
+    """Return `task` with an answer that also has the `amount` of its row, and the `seconds` that it took."""
+
+    def measured(row: Row) -> Row:
+        begun = time.monotonic()
+        amount = row.pop("amount")
+        return {**task(row), "amount": amount, "seconds": time.monotonic() - begun}
+
+    measured.__name__ = getattr(task, "__name__", type(task).__name__)  # Ray's dashboard shows it
+    return measured
+
+
+def run_tasks(task: Callable, rows: list[Row], config: FactoryConfig) -> Iterator[Row]:
     """Yield task(row) for all rows, one Ray task each, as they are done."""
     import ray.data
 
@@ -50,9 +90,14 @@ def run_tasks(task: Callable, rows: list[dict[str, Any]], config: FactoryConfig)
     yield from data.iter_rows()
 
 
-def update(store: Store, name: str, rows: list[dict[str, Any]]) -> None:
+def in_lots(items: list[T], size: int) -> list[list[T]]:
+    """Return `items` in lists of `size`, the last one shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def update(store: Store, name: str, rows: list[Row]) -> None:
     """Change columns of rows (with `_rowaddr`) of table `name` in one transaction."""
-    fragments: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    fragments: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         fragments[row["_rowaddr"] >> 32].append({key: value for key, value in row.items() if key != "_rowaddr"})
     committer = Committer(store, name, every=len(fragments) + 1)
@@ -62,23 +107,47 @@ def update(store: Store, name: str, rows: list[dict[str, Any]]) -> None:
 
 
 class Progress:
-    """Lines of progress on standard output, at most one every two seconds."""
+    """Whole lines of progress on standard output, at most one every five seconds, and the last."""
 
-    def __init__(self, stage: str, noun: str, total: int) -> None:
+    def __init__(
+        self, stage: str, noun: str, total: int, measure: str | None = None, amount: float | None = None
+    ) -> None:
+        """Expect `total` units, called `noun`. Where these differ in size, speed and time left are told by what
+        `measure` names instead; all units hold `amount` of it."""
         self._stage, self._noun, self._total = stage, noun, total
-        self._done = self._rows = 0
+        self._measure, self._amount = measure or noun, total if amount is None else amount
+        self._done = self._rows = self._failed = 0
+        self._worked = 0.0
         self._start = self._said = time.monotonic()
         if total == 0:
             print(f"{stage:<8} nothing to do", flush=True)
 
-    def step(self, rows: int = 0) -> None:
-        """Count one unit done, with so many rows."""
+    def step(self, amount: float = 1, *, rows: int = 0, failed: int = 0) -> None:
+        """Count one unit done, with its amount of work, and so many rows and failures."""
         self._done += 1
         self._rows += rows
+        self._failed += failed
+        self._worked += amount
         now = time.monotonic()
-        if now - self._said > 2 or self._done == self._total:
+        if now - self._said > _SECONDS_BETWEEN_LINES or self._done == self._total:
             self._said = now
-            spent = now - self._start
-            left = spent / self._done * (self._total - self._done)
-            count = f"{self._done}/{self._total} {self._noun}" + (f"  {self._rows} rows" if self._rows else "")
-            print(f"{self._stage:<8} {count}  {spent:.0f} s, {left:.0f} s left", flush=True)
+            print(self._line(now - self._start), flush=True)
+
+    def _line(self, spent: float) -> str:
+        speed = self._worked / max(spent, 1e-3)
+        left = (self._amount - self._worked) / max(speed, 1e-9)
+        parts = [f"{self._done}/{self._total} {self._noun}"]
+        parts += [f"{self._rows} rows"] if self._rows else []
+        parts += [f"{self._failed} failed"] if self._failed else []
+        parts += [f"{speed:.3g} {self._measure} per second", f"{clock(spent)} spent"]
+        parts += [f"{clock(left)} left"] if self._done < self._total else []
+        return f"{self._stage:<8} {', '.join(parts)}"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration (s) in words: 8 s, 2 min 05 s, 3 h 07 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

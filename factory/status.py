@@ -1,39 +1,63 @@
-"""Status: the funnel from sources to samples, counted from the tables."""
+"""Status: the funnel from sources to samples, counted from the tables, and what is stale in them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from factory.config import STAGES, FactoryConfig
 from factory.store import Store
+
+Stale = dict[str, int | None]
 
 
 def funnel(store: Store) -> dict[str, Any]:
     """Return counts: sources by status, segments, candidates by decision, samples by what they have."""
-    sources = (
-        store.table("sources").to_table(columns=["status", "segment_starts", "duration", "uri", "error"]).to_pylist()
-    )
-    candidates = store.table("candidates").to_table(columns=["status", "reason"]).to_pylist()
-    samples = (
-        store.table("samples")
-        .to_table(columns=["selected", "split", "sketch_sha256", "caption", "review"], filter="selected")
-        .to_pylist()
-    )
+    columns = ["status", "segment_starts", "duration", "uri", "error"]
+    sources = store.table("sources").to_table(columns=columns).to_pylist()
+    candidates = store.table("candidates")
+    decided = _counts(candidates, "status")
+    samples = store.table("samples")
     return {
         "sources": dict(Counter(row["status"] for row in sources)),
         "failed_sources": {row["uri"]: row["error"] for row in sources if row["status"] in ("failed", "partial")},
         "seconds": sum(row["duration"] or 0 for row in sources),
         "segments": sum(len(row["segment_starts"] or []) for row in sources),
-        "candidates": len(candidates),
-        "kept": sum(row["status"] == "kept" for row in candidates),
-        "dropped": dict(Counter(row["reason"] for row in candidates if row["status"] == "dropped").most_common()),
-        "failed": sum(row["status"] == "failed" for row in candidates),
-        "undecided": sum(row["status"] is None for row in candidates),
-        "samples": len(samples),
-        "sketched": sum(row["sketch_sha256"] is not None for row in samples),
-        "captioned": sum(row["caption"] is not None for row in samples),
-        "splits": dict(sorted(Counter(row["split"] for row in samples).items())),
+        "candidates": decided.total(),
+        "kept": decided["kept"],
+        "dropped": dict(_counts(candidates, "reason", "status = 'dropped'").most_common()),
+        "failed": decided["failed"],
+        "undecided": decided[None],
+        "samples": samples.count_rows("selected"),
+        "sketched": samples.count_rows("selected and sketch_sha256 is not null"),
+        "captioned": samples.count_rows("selected and caption is not null"),
+        "splits": dict(sorted(_counts(samples, "split", "selected").items())),
     }
+
+
+def _counts(table: Any, column: str, rows: str | None = None) -> Counter[str | None]:
+    """Return how often each value of `column` is there, in the rows of the filter `rows`."""
+    counted = table.to_table(columns=[column], filter=rows)[column].value_counts()
+    return Counter({item["values"]: item["counts"] for item in counted.to_pylist()})
+
+
+def stale(store: Store, config: FactoryConfig) -> Stale:
+    """Return per stage how many rows other settings, code or models made than those of `config`; what is not made yet
+    is not stale. None for a stage whose model is not there: that can't be told."""
+    made = {
+        "decode": _counts(store.table("candidates"), "decode_fingerprint"),
+        "select": _counts(store.table("candidates"), "select_fingerprint", "status in ('kept', 'dropped')"),
+    }
+    stages = store.table("samples").to_table(columns=["stages"], filter="selected")["stages"].to_pylist()
+    for stage in ("sketch", "caption"):
+        made[stage] = Counter(row[stage] for row in stages if row[stage])
+    found: Stale = {}
+    for stage in STAGES:
+        try:
+            found[stage] = made[stage].total() - made[stage][config.fingerprint(stage)]
+        except FileNotFoundError:
+            found[stage] = None
+    return found
 
 
 def describe(counts: dict[str, Any]) -> str:
@@ -62,12 +86,26 @@ def describe(counts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def next_verb(counts: dict[str, Any]) -> str | None:
-    """Return the command that does what is still to be done first, or None when nothing is."""
+def describe_stale(rows: Stale, root: str) -> list[str]:
+    """Return a line per stage that is stale: how many rows, and the command that mends it."""
+    lines = []
+    for stage, number in rows.items():
+        mend = f"python -m factory {stage} --root {root}"
+        if stage == "decode":
+            mend = "build into a new --root; what is here stays good, but takes no more films"
+        if number is None:
+            lines.append(f"stale?  {stage}: its model is not there, so nobody can tell. Give one: {mend} --set ...")
+        elif number:
+            lines.append(f"stale   {stage}: {number} rows by other settings, code or models. Mend: {mend}")
+    return lines
+
+
+def next_verb(counts: dict[str, Any], rows: Stale) -> str | None:
+    """Return the command that does what is missing or stale first, or None when nothing is."""
     if counts["sources"].get("pending"):
         return "build"
-    if counts["undecided"]:
+    if counts["undecided"] or rows["select"]:
         return "select"
-    if counts["sketched"] < counts["samples"]:
+    if counts["sketched"] < counts["samples"] or rows["sketch"]:
         return "sketch"
-    return "caption" if counts["captioned"] < counts["samples"] else None
+    return "caption" if counts["captioned"] < counts["samples"] or rows["caption"] else None

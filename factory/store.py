@@ -1,16 +1,9 @@
-"""The Lance sink: workers write fragments, a durable ledger keeps their metadata, one committer publishes them once.
+"""A dataset root: its tables, the fragments that workers write, the durable ledger of them, and the lock.
 
-A unit of work (a segment, a batch of samples) is written by a worker as uncommitted fragments and one ledger file. The
-committer publishes units as Lance transactions whose properties name them. On start, the transactions already in the
-table's history are the truth: what they name is done, what only the ledger names is published, the rest is redone.
-
-| killed                             | on the next run                                             |
-|------------------------------------|-------------------------------------------------------------|
-| before the fragments are complete  | the unit is redone; stray files are referenced by nothing   |
-| after the fragments, before ledger | the unit is redone; the stray fragment is never referenced  |
-| after the ledger, before commit    | the ledger's fragments are committed; nothing is redone     |
-| during the commit                  | the history says whether it happened; then as above         |
-| after the commit, before its word  | the history names the unit; the ledger file is removed      |
+A unit of work (a segment, a batch of samples) is written by a worker as uncommitted fragments, their digests and one
+ledger file. The committer (committer.py) publishes units as Lance transactions whose properties name them. On start,
+the transactions already in the table's history are the truth: what they name is done, what only the ledger names is
+published, the rest is redone. docs/recovery.md says what follows a kill at each point.
 """
 
 from __future__ import annotations
@@ -20,19 +13,20 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lance
 import pyarrow as pa
-from lance import LanceOperation
 from lance.fragment import FragmentMetadata, write_fragments
 
 from factory import schema
+from factory.digests import Digests
 from factory.files import write_atomic
 
-_UNITS = "animesketch.units"
+UNITS = "animesketch.units"  # of a transaction: its units; of a table's configuration: those of pruned history
+_SETTINGS = b"animesketch.config"
 
 
 class StoreError(ValueError):
@@ -63,25 +57,40 @@ class Store:
         """Return the path of table `name`."""
         return str(self.root / f"{name}.lance")
 
+    def has(self, name: str) -> bool:
+        """Return whether table `name` is there: of one whose making was killed only a folder is."""
+        return any(Path(self.uri(name), "_versions").glob("*.manifest"))
+
     def create(self) -> None:
         """Make the root and whatever table it lacks. Raises StoreError when a table is of another format."""
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"Dataset root {self.root} is a file. Give a folder.")
         self.root.mkdir(parents=True, exist_ok=True)
         for name, columns in schema.TABLES.items():
-            if not any(Path(self.uri(name), "_versions").glob("*.manifest")):  # absent, or killed while it was made
+            if not self.has(name):
                 lance.write_dataset(
                     columns.empty_table(),
                     self.uri(name),
                     data_storage_version=schema.STORAGE_VERSION,
                     enable_v2_manifest_paths=True,
                 )
-            self.table(name)
+            self.digests(name).record_if_new(self.table(name).version)
 
-    @property
-    def settings_file(self) -> Path:
-        """Where the settings of the last command that wrote are kept, as JSON: the next one starts from them."""
-        return self.root / "config.json"
+    def digests(self, name: str) -> Digests:
+        """Return the digests of table `name`."""
+        return Digests(self.root, name, Path(self.uri(name)))
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings that the samples table was last written with, from its metadata; None before that."""
+        kept = (self.table("samples").schema.metadata or {}).get(_SETTINGS)
+        return json.loads(kept) if kept else None
+
+    def keep_settings(self, settings: dict[str, Any]) -> None:
+        """Keep `settings` in the metadata of the samples table, where they are other ones: a version of its own."""
+        if json.loads(json.dumps(settings)) != self.settings():  # tuples are lists in JSON
+            table = self.table("samples")
+            table.update_schema_metadata({_SETTINGS.decode(): json.dumps(settings)})
+            self.digests("samples").record_if_new(self.table("samples").version)
 
     def table(self, name: str) -> lance.LanceDataset:
         """Return the newest version of table `name`. Raises FileNotFoundError or StoreError, saying what to do."""
@@ -120,15 +129,16 @@ class Store:
             handle.flush()
             yield
 
-    def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]], parts: Sequence[str] = ()) -> dict[str, Any]:
         """Write `rows` of table `name` as uncommitted fragments and enter them into the ledger; return the entry.
 
-        Called by workers, any number of times for one unit: an entry that is there already is kept.
+        Called by workers, any number of times for one unit: an entry that is there already is kept. A unit may be made
+        of `parts`, units themselves, which another unit may hold too: of two such units one is committed.
         """
         path = self._ledger_file(name, unit)
         if path.exists():
             return json.loads(path.read_text())
-        fragments = []
+        fragments: list[FragmentMetadata] = []
         if rows:
             fragments = write_fragments(
                 schema.to_table(name, rows),
@@ -137,19 +147,40 @@ class Store:
                 mode="append",
                 data_storage_version=schema.STORAGE_VERSION,
             )
-        files = {
-            str(file.relative_to(self.uri(name))): _settled(file) for f in fragments for file in self._files(name, f)
+        key = schema.KEYS[name]
+        keys = [row[key] for row in rows]
+        entry = {
+            "unit": unit,
+            "units": [unit, *parts],
+            "rows": len(rows),
+            "keys": keys,
+            "fragments": [f.to_json() for f in fragments],
+            "files": self.settle(name, fragments, keys),
         }
-        entry = {"unit": unit, "rows": len(rows), "fragments": [f.to_json() for f in fragments], "files": files}
         write_atomic(path, json.dumps(entry))
         return entry
 
-    def _files(self, name: str, fragment: FragmentMetadata) -> Iterator[Path]:
-        """Yield the files of a fragment: its data files, and the pictures that lie in a folder beside each."""
-        for part in fragment.files:
-            file = Path(self.uri(name), "data", part.path)
-            yield file
-            yield from sorted(file.with_suffix("").glob("*"))
+    def settle(
+        self, name: str, fragments: list[FragmentMetadata], keys: list[str], old: Container[str] = ()
+    ) -> dict[str, int]:
+        """Flush the data files of `fragments`, which hold the rows `keys` in order, to the disk; record their digests.
+
+        Return their sizes in bytes, by the path in the table's folder. Files named in `old` were settled before.
+        """
+        folder, digests = Path(self.uri(name)), self.digests(name)
+        sizes: dict[str, int] = {}
+        start = 0
+        for fragment in fragments:
+            end = start + fragment.physical_rows
+            for part in fragment.files:
+                if part.path in old:
+                    continue
+                file = folder / "data" / part.path
+                files = [file, *sorted(file.with_suffix("").glob("*"))]  # large pictures lie in a folder beside it
+                sizes.update({str(f.relative_to(folder)): _settled(f) for f in files})
+                digests.record(file.stem, files, keys[start:end])
+            start = end
+        return sizes
 
     def write_updates(self, name: str, fragment_id: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Write new values of some columns for rows of one fragment; return the entry for Committer.add.
@@ -161,21 +192,49 @@ class Store:
         fragment = self.table(name).get_fragment(fragment_id)
         if fragment is None:
             raise StoreError(f"Table {self.uri(name)} has no fragment {fragment_id} any more. Run the command again.")
+        keys = fragment.to_table(columns=[key])[key].to_pylist()
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
-        return {"unit": f"update-{fragment_id}", "rows": 0, "updated": metadata.to_json(), "fields": list(fields)}
+        files = self.settle(name, [metadata], keys, old={part.path for part in fragment.metadata.files})
+        changed = {"updated": metadata.to_json(), "fields": list(fields), "files": files}
+        return {"unit": f"update-{fragment_id}", "rows": len(rows)} | changed
+
+    def remove(self, name: str, keys: set[str]) -> None:
+        """Remove the rows with these keys (of no special characters) from table `name`, in one transaction."""
+        if not keys:
+            return
+        table, digests = self.table(name), self.digests(name)
+        predicate = f"{schema.KEYS[name]} IN ({', '.join(repr(key) for key in sorted(keys))})"
+        left: list[FragmentMetadata] = []
+        emptied: list[int] = []
+        for fragment in table.get_fragments():
+            if not fragment.count_rows(predicate):
+                continue
+            rest = fragment.delete(predicate)  # writes a file that lists the rows, and commits nothing
+            if rest is None:
+                emptied.append(fragment.fragment_id)
+                continue
+            assert rest.deletion_file is not None  # rows match, so they are listed
+            file = Path(self.uri(name), rest.deletion_file.path(rest.id))
+            _settled(file)
+            digests.record(file.stem, [file], sorted(keys))
+            left.append(rest)
+        operation = lance.LanceOperation.Delete(left, emptied, predicate)
+        lance.LanceDataset.commit(self.uri(name), operation, read_version=table.version)
+        digests.record_version(self.table(name).version)
 
     def committed_units(self, name: str) -> set[str]:
-        """Return the units named by the transactions in the history of table `name`, or by its rows.
+        """Return the units that the transactions in the history of table `name`, its configuration or its rows name.
 
-        History can be pruned by a clean-up; a unit whose rows are there is done all the same.
+        History is pruned by a clean-up: ours (compact.py) keeps the units in the configuration first; after another's,
+        a unit whose rows are there is done all the same.
         """
         table = self.table(name)
-        units: set[str] = set()
+        units: set[str] = set(json.loads(table.config().get(UNITS, "[]")))
         if "segment_id" in table.schema.names:
             units.update(table.to_table(columns=["segment_id"])["segment_id"].unique().to_pylist())
-        for version in table.versions():
-            transaction = table.read_transaction(version["version"])
-            units.update(json.loads(((transaction and transaction.transaction_properties) or {}).get(_UNITS, "[]")))
+        for version in self.digests(name).versions():
+            transaction = table.read_transaction(version)
+            units.update(json.loads(((transaction and transaction.transaction_properties) or {}).get(UNITS, "[]")))
         return units
 
     def ledger(self, name: str) -> list[dict[str, Any]]:
@@ -186,7 +245,8 @@ class Store:
     def _ledger_file(self, name: str, unit: str) -> Path:
         return self.root / "_ledger" / name / f"{hashlib.sha256(unit.encode()).hexdigest()[:32]}.json"
 
-    def _strike(self, name: str, unit: str) -> None:
+    def strike(self, name: str, unit: str) -> None:
+        """Remove the ledger's entry of a unit, if there is one."""
         self._ledger_file(name, unit).unlink(missing_ok=True)
 
     def rows_at(self, name: str, addresses: list[int], columns: list[str]) -> list[dict[str, Any]]:
@@ -205,92 +265,8 @@ class Store:
         return [found[address] for address in addresses]
 
 
-class Committer:
-    """Publishes units of one table, every few units, each exactly once. There is one, in the process with the lock."""
-
-    def __init__(self, store: Store, name: str, *, every: int) -> None:
-        """Take up what an earlier run left: strike committed units from the ledger, queue the uncommitted ones."""
-        self._store, self._name, self._every = store, name, every
-        self.done = store.committed_units(name)
-        self._queue: list[dict[str, Any]] = []
-        for entry in store.ledger(name):
-            if entry["unit"] in self.done:
-                store._strike(name, entry["unit"])
-            else:
-                self._queue.append(entry)
-        self.flush()
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Queue an entry of write_unit or of write_updates; commit when enough are queued."""
-        self._queue.append(entry)
-        if len(self._queue) >= self._every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Commit what is queued: appended units in one transaction, updated fragments in one."""
-        updates = [entry for entry in self._queue if "updated" in entry]
-        appended = {entry["unit"]: entry for entry in self._queue if "updated" not in entry}
-        self._queue = []
-        appended = {unit: entry for unit, entry in appended.items() if unit not in self.done}
-        if appended:
-            self._append(appended)
-        if updates:
-            operation = LanceOperation.Update(
-                updated_fragments=[FragmentMetadata.from_json(json.dumps(entry["updated"])) for entry in updates],
-                fields_modified=updates[0]["fields"],
-                update_mode="rewrite_columns",
-            )
-            self._commit(operation, [])
-        for unit in appended:
-            self._store._strike(self._name, unit)
-
-    def _append(self, entries: dict[str, dict[str, Any]]) -> None:
-        for entry in entries.values():
-            for name, size in entry["files"].items():
-                path = Path(self._store.uri(self._name), name)
-                if not path.exists() or path.stat().st_size != size:
-                    raise DamagedData(
-                        f"{path} was written for a unit of work and is gone or cut short. Remove "
-                        f"{self._store.root / '_ledger'} and run again: the units that are not committed are redone."
-                    )
-        fragments = [
-            FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
-        ]
-        before = self._store.table(self._name).count_rows()
-        self._commit(LanceOperation.Append(fragments), sorted(entries))
-        after = self._store.table(self._name).count_rows()
-        rows = sum(entry["rows"] for entry in entries.values())
-        if after != before + rows:
-            raise DamagedData(
-                f"Table {self._store.uri(self._name)} has {after} rows after a commit of {rows} to {before}. "
-                "Something else writes to it: make sure that only this project does."
-            )
-
-    def _commit(self, operation: LanceOperation.BaseOperation, units: list[str]) -> None:
-        table = self._store.table(self._name)
-        properties = {_UNITS: json.dumps(units)} if units else {}
-        transaction = lance.Transaction(table.version, operation, transaction_properties=properties)
-        try:
-            lance.LanceDataset.commit(self._store.uri(self._name), transaction)
-        except Exception:
-            # The answer of a failed commit is ambiguous: the history decides.
-            if not units or not set(units) <= self._store.committed_units(self._name):
-                raise
-        self.done.update(units)
-
-
 def _settled(file: Path) -> int:
     """Flush a file to the disk and return its size in bytes."""
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
         return os.fstat(handle.fileno()).st_size
-
-
-def check_keys(store: Store, name: str) -> int:
-    """Return the number of rows of table `name`. Raises DamagedData when a key is there twice."""
-    key = schema.KEYS[name]
-    keys = store.table(name).to_table(columns=[key])[key]
-    twice = [item["values"] for item in keys.value_counts().to_pylist() if item["counts"] > 1]
-    if twice:
-        raise DamagedData(f"Table {store.uri(name)} holds {len(twice)} keys more than once, such as {twice[0]}.")
-    return len(keys)

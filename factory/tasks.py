@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import cv2
 import numpy as np
 
 from factory import caption as captions
-from factory import schema, video, worker
+from factory import schema, worker
+from factory.candidates import failed_candidate
 from factory.config import FactoryConfig
+from factory.fetch import on_disk
+from factory.locations import stamp
+from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
+from factory.sources import describe_source
 from factory.split import split_of
 from factory.store import DamagedData, Store
 from factory.video import Segment
@@ -24,14 +29,23 @@ _TRAINING_SIDE = 1024  # long side of training_sketch, pixels
 _THUMBNAIL_HEIGHT = 180  # pixels
 
 
-class DescribeSource:
-    """{"uri"} -> the sources row, as JSON."""
+class DescribeSources:
+    """{"uris"} -> their sources rows, as JSON. Of a known one that did not change, its source_id and uri alone."""
 
-    def __init__(self, config: FactoryConfig) -> None:
+    def __init__(self, config: FactoryConfig, known: list[dict[str, Any]]) -> None:
+        """Take the rows of `known` sources: what still has their size and time of change is not read again."""
         self._config = config
+        self._known = {(row["uri"], row["size_bytes"], row["modified_ns"]): row["source_id"] for row in known}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"json": json.dumps(video.describe_source(row["uri"], self._config.video))}
+        return {"json": json.dumps([self._describe(uri) for uri in row["uris"]])}
+
+    def _describe(self, uri: str) -> dict[str, Any]:
+        with contextlib.suppress(OSError):  # then it is described, as what cannot be read
+            source_id = self._known.get((uri, *stamp(uri)))
+            if source_id is not None:
+                return {"source_id": source_id, "uri": uri}
+        return describe_source(uri, self._config.video)
 
 
 class DecodeSegment:
@@ -39,54 +53,82 @@ class DecodeSegment:
 
     def __init__(self, store: Store, config: FactoryConfig) -> None:
         self._store, self._config = store, config
-        self._fingerprint = config.fingerprints()["decode"]
+        self._fingerprint = config.fingerprint("decode")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        segment, limits = Segment(**row), self._config.video
+        segment = Segment(**row)
+        try:
+            with on_disk(segment, self._config.video) as path:
+                rows = self._candidates(replace(segment, uri=path))
+        except (OSError, worker.WorkerEnded) as error:
+            reason = f"decode: {error.strerror or error}" if isinstance(error, OSError) else f"decode: {error}"
+            return {"entry": json.dumps({"error": reason, "source_id": segment.source_id})}
+        entry = self._store.write_unit("candidates", segment.segment_id, rows)
+        return {"entry": json.dumps(entry)}
+
+    def _candidates(self, segment: Segment) -> list[dict[str, Any]]:
+        """Return the segment's candidates, the last one failed where it can't be read to its end."""
+        limits = self._config.video
         deadline = limits.deadline_seconds + limits.deadline_per_second * (segment.end - segment.start)
         rows: list[dict[str, Any]] = []
-        if not os.path.exists(segment.uri):
-            error = f"decode: {segment.uri} is gone. Build again with the path where it is now."
-            return {"entry": json.dumps({"error": error, "source_id": segment.source_id})}
-        try:
-            failure = self._decode(segment, deadline, rows, "decord")
-        except worker.WorkerEnded as error:
-            return {"entry": json.dumps({"error": f"decode: {error}", "source_id": segment.source_id})}
+        failure = self._decode(segment, deadline, rows, "decord")
         if failure:  # once more, with the decoder that gives all that comes before it
             again: list[dict[str, Any]] = []
             with contextlib.suppress(worker.WorkerEnded):
                 failure = self._decode(segment, deadline, again, "av")
                 rows = again
         if failure:
-            rows.append(self._failed(segment, rows, failure))
-        entry = self._store.write_unit("candidates", segment.segment_id, rows)
-        return {"entry": json.dumps(entry)}
+            after = rows[-1]["shot_end"] if rows else segment.start
+            rows.append(failed_candidate(segment, after, failure))
+        return [row | {"decode_fingerprint": self._fingerprint} for row in rows]
 
     def _decode(self, segment: Segment, deadline: float, rows: list[dict[str, Any]], decoder: str) -> str:
         """Append the segment's candidates to `rows`; return why it can't be read to its end, or nothing."""
-        frames = ("factory.video:candidate_frames", segment, self._config.video, decoder)
+        frames = ("factory.candidates:candidate_frames", segment, self._config.video, decoder)
+        limits = {"deadline_seconds": deadline, "memory_limit_mb": self._config.video.memory_limit_mb}
         try:
-            for candidate in worker.run_killable(*frames, deadline_seconds=deadline):
-                rows.append(candidate | {"decode_fingerprint": self._fingerprint})
+            for candidate in worker.run_killable(*frames, **limits):
+                rows.append(candidate)
         except worker.WorkerEnded:
             raise
         except worker.WorkerFailed as error:
             return str(error)
         return ""
 
-    def _failed(self, segment: Segment, rows: list[dict[str, Any]], reason: str) -> dict[str, Any]:
-        """The row that says from where on the segment could not be read."""
-        after = rows[-1]["shot_end"] if rows else segment.start
-        return {
-            # a microsecond later: no frame has this time stamp
-            "frame_id": schema.frame_id(segment.source_id, after + 1e-6),
-            "source_id": segment.source_id,
-            "segment_id": segment.segment_id,
-            "timestamp": after,
-            "status": "failed",
-            "reason": f"decode: {reason}",
-            "decode_fingerprint": self._fingerprint,
-        }
+
+class DecodePictures:
+    """Segments that are one still picture each -> their candidates, written as one unit."""
+
+    def __init__(self, store: Store, config: FactoryConfig) -> None:
+        self._store, self._config = store, config
+        self._fingerprint = config.fingerprint("decode")
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        segments = [Segment(**segment) for segment in row["segments"]]
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(segments):
+            failure = self._decode(segments[len(answers) :], answers)
+            if failure:  # once more, alone: was it this picture, or the machine?
+                alone = segments[len(answers)]
+                again = self._decode([alone], answers)
+                answers += [failed_candidate(alone, 0.0, again)] if again else []
+        rows = [answer | {"decode_fingerprint": self._fingerprint} for answer in answers if "error" not in answer]
+        parts = [row["segment_id"] for row in rows]
+        entry = self._store.write_unit("candidates", unit("pictures", parts), rows, parts)
+        return {"entry": json.dumps(entry | {"unread": [answer for answer in answers if "error" in answer]})}
+
+    def _decode(self, segments: list[Segment], answers: list[dict[str, Any]]) -> str:
+        """Append to `answers` one per segment; return why the process ended before the next one, or nothing."""
+        config = self._config.video
+        pictures = ("factory.candidates:picture_candidates", segments, config)
+        deadline = config.deadline_seconds + config.deadline_per_second * len(segments)
+        limits = {"deadline_seconds": deadline, "memory_limit_mb": config.memory_limit_mb}
+        try:
+            for answer in worker.run_killable(*pictures, **limits):
+                answers.append(answer)
+        except worker.WorkerFailed as error:
+            return str(error)
+        return ""
 
 
 class AppendSamples:
@@ -94,7 +136,8 @@ class AppendSamples:
 
     def __init__(self, store: Store, config: FactoryConfig, splits: dict[str, str]) -> None:
         """Take the `splits` that sources have already, by source_id; the configuration decides for the others."""
-        self._store, self._config, self._fingerprints, self._splits = store, config, config.fingerprints(), splits
+        self._store, self._config, self._splits = store, config, splits
+        self._fingerprint = config.fingerprint("select")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         addresses = [int(address) for address in row["addresses"]]
@@ -106,7 +149,7 @@ class AppendSamples:
         rows = []
         for candidate, picture in zip(candidates, pictures, strict=True):
             _check(picture, candidate["image_sha256"], f"image of candidate {candidate['frame_id']}")
-            stages = {"decode": candidate.pop("decode_fingerprint"), "select": self._fingerprints["select"]}
+            stages = {"decode": candidate.pop("decode_fingerprint"), "select": self._fingerprint}
             source = candidate["source_id"]
             rows.append(
                 candidate
@@ -121,7 +164,7 @@ class DrawSketches:
     """Samples of one fragment -> their sketch columns."""
 
     def __init__(self, store: Store, config: FactoryConfig) -> None:
-        self._store, self._config, self._fingerprint = store, config, config.fingerprints()["sketch"]
+        self._store, self._config, self._fingerprint = store, config, config.fingerprint("sketch")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         cv2.setNumThreads(1)
@@ -150,7 +193,7 @@ class WriteCaptions:
     """Samples of one fragment -> their caption columns."""
 
     def __init__(self, store: Store, config: FactoryConfig) -> None:
-        self._store, self._config, self._fingerprint = store, config, config.fingerprints()["caption"]
+        self._store, self._config, self._fingerprint = store, config, config.fingerprint("caption")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         captioner = captions.Captioner(self._config.caption.model)
@@ -174,7 +217,7 @@ def _pictures(store: Store, task: dict[str, Any]) -> Iterator[tuple[dict[str, An
     for address, sample in zip(addresses, samples, strict=True):
         data = store.read_pictures("samples", "image", [address])[0]
         _check(data, sample["image_sha256"], f"image of sample {sample['frame_id']}")
-        yield sample, video.decode_image(data or b"")
+        yield sample, decode_image(data or b"")
 
 
 def _check(data: bytes | None, sha256: str, what: str) -> None:
@@ -200,4 +243,4 @@ def _thumbnail(image: np.ndarray, lines: np.ndarray) -> bytes:
         return cv2.resize(picture, (width, _THUMBNAIL_HEIGHT), interpolation=cv2.INTER_AREA)
 
     pair = cv2.hconcat([at_height(image), cv2.cvtColor(at_height(lines), cv2.COLOR_GRAY2RGB)])
-    return video.encode_jpeg(pair, 88)
+    return encode_jpeg(pair, 88)

@@ -1,6 +1,7 @@
 """A generator run in a process of its own that can be killed from outside.
 
-A video library can spin for ever while it holds the GIL, so a deadline inside the process would never fire.
+A video library can spin for ever while it holds the GIL, so a deadline inside the process would never fire; and a small
+file can unpack to any amount of memory.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ import contextlib
 import ctypes
 import importlib
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.05  # between two looks at the process
 
 
 class WorkerFailed(RuntimeError):
@@ -26,17 +31,16 @@ class WorkerFailed(RuntimeError):
 
 
 class WorkerEnded(WorkerFailed):
-    """The process died or took longer than its deadline: on a less busy machine it might not."""
+    """The process died or went beyond its limits: on another machine, or with other limits, it might not."""
 
 
-def run_killable(function: str, *args: Any, deadline_seconds: float) -> Iterator[Any]:
+def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limit_mb: int) -> Iterator[Any]:
     """Yield what the generator `function` ("module:name") yields for `args`, from a process of its own.
 
-    Raises WorkerFailed with the generator's own words, WorkerEnded when the process died or was not done in time.
-    What was yielded before stays good.
+    Raises WorkerFailed with the generator's own words, WorkerEnded when the process died, was not done in time or held
+    more memory (resident, MB of 10^6 bytes) than allowed. What was yielded before stays good.
     """
     ours, theirs = Pipe()
-    end = time.monotonic() + deadline_seconds
     with tempfile.TemporaryFile() as words:
         child = subprocess.Popen(
             [sys.executable, "-m", "factory.worker", str(theirs.fileno())],
@@ -47,28 +51,71 @@ def run_killable(function: str, *args: Any, deadline_seconds: float) -> Iterator
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
         )
         theirs.close()
+        watch = _Watch(child, deadline_seconds, memory_limit_mb)
+        watch.start()
         try:
             with contextlib.suppress(ConnectionError):  # a child that died at once is reported below
                 ours.send((function, args))
             while True:
-                if not ours.poll(max(0.0, end - time.monotonic())):
-                    raise WorkerEnded(f"not finished after {deadline_seconds:g} s: the process was ended")
                 try:
                     kind, value = ours.recv()
                 except (EOFError, ConnectionError):
+                    watch.stop()
                     code = child.wait()
                     words.seek(0)
                     last = words.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-                    raise WorkerEnded(f"the process ended with code {code}: {last[0]}") from None
+                    raise WorkerEnded(watch.reason or f"the process ended with code {code}: {last[0]}") from None
                 if kind == "end":
                     return
                 if kind == "error":
                     raise WorkerFailed(value)
                 yield value
         finally:
+            watch.stop()
             child.kill()
             child.wait()
             ours.close()
+
+
+class _Watch(threading.Thread):
+    """Ends a process that takes too long or too much memory; `reason` says which.
+
+    Memory is what is resident: limits of address space (RLIMIT_AS, RLIMIT_DATA) would count what libraries reserve and
+    never touch, and end a decoder in the midst of its own code with any message or none.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes], deadline_seconds: float, memory_limit_mb: int) -> None:
+        super().__init__(daemon=True)
+        self._child, self._deadline, self._limit = child, deadline_seconds, memory_limit_mb
+        self._stopped = threading.Event()
+        self.reason = ""
+
+    def run(self) -> None:
+        end = time.monotonic() + self._deadline
+        while not self.reason and not self._stopped.wait(_POLL_SECONDS):
+            resident = _resident_mb(self._child.pid)
+            if resident > self._limit:
+                self.reason = (
+                    f"held {resident:.0f} MB of memory, more than video.memory_limit_mb={self._limit}: the process was "
+                    f"ended. Allow it more: --set video.memory_limit_mb={2 * self._limit}"
+                )
+            elif time.monotonic() > end:
+                self.reason = (
+                    f"not finished after {self._deadline:g} s: the process was ended. Allow it more: "
+                    f"--set video.deadline_seconds={2 * self._deadline:g}"
+                )
+        if self.reason:
+            self._child.kill()
+
+    def stop(self) -> None:
+        """Look no more: from here on the process's number may be another's."""
+        self._stopped.set()
+        self.join()
+
+
+def _resident_mb(pid: int) -> float:
+    """Return the memory that the process holds, in MB of 10^6 bytes; 0 when it has ended."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def _main(fd: int) -> None:

@@ -1,4 +1,5 @@
-"""What tests share: one Ray for the session, two drawn films, a dataset built from them, a random-weight base."""
+"""What tests share: one Ray for the session, a short film, two drawn ones, a dataset built from them, a random-weight
+base."""
 
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ def ray_session() -> Iterator[str]:
         log_to_driver=True,
         logging_level="WARNING",
         runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}},
+        _system_config={"metrics_report_interval_ms": 1000},  # not 10 s: a test reads the counters
     )
     yield context.address_info["gcs_address"]
     ray.shutdown()
@@ -51,15 +53,24 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A film of one second: two shots of 12 frames at 320x180. Read only."""
+    from tests.footage import patterns, write_film
+
+    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", patterns(2, 12))
+
+
+@pytest.fixture(scope="session")
 def small_dataset(ray_session: str, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset root that the whole factory built from `films`; toon-01.mp4 is held out. Read only."""
-    from factory import pipeline, settings, video
+    from factory import pipeline, settings
     from factory.config import micro
+    from factory.sources import find_sources
     from factory.store import Store
 
     root = tmp_path_factory.mktemp("dataset") / "root"
     config = settings.load(micro(), None, ["split.holdout=[toon-01.mp4]", "split.validation_share=0"])
-    pipeline.build(Store(str(root)), video.find_sources([str(films)]), config)
+    pipeline.build(Store(str(root)), find_sources([str(films)]), config)
     return root
 
 

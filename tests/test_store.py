@@ -1,13 +1,11 @@
-"""The Lance sink, without Ray: exactly once after a kill at each point, and damage that is named."""
+"""The Lance sink, without Ray: units published once, damage that is named, one writer."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +13,8 @@ import lance
 import pytest
 
 from factory import schema
-from factory.store import Committer, DamagedData, DatasetBusy, Store, StoreError, check_keys
+from factory.committer import Committer, check_keys
+from factory.store import DamagedData, DatasetBusy, Store, StoreError
 
 REPO = Path(__file__).parent.parent
 
@@ -60,47 +59,6 @@ def test_a_unit_without_rows_is_done_too(store: Store) -> None:
     committer.add(store.write_unit("candidates", "empty", []))
     assert store.committed_units("candidates") == {"empty"}
     assert _ids(store) == []
-
-
-_CHILD = """
-    import os, signal, sys
-    import factory.store as s
-    from tests.test_store import _rows
-
-    def die(*_, **__):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    store, point = s.Store(sys.argv[1]), sys.argv[2]
-    committer = s.Committer(store, "candidates", every=2)
-    if point == "before ledger":
-        s.write_atomic = die
-    elif point == "before commit":
-        s.Committer._commit = die
-    elif point == "after commit":
-        commit = s.lance.LanceDataset.commit
-        s.lance.LanceDataset.commit = staticmethod(lambda *a, **k: (commit(*a, **k), die()))
-    elif point == "before strike":
-        s.Store._strike = die
-    for unit in range(4):
-        if f"u{unit}" not in committer.done:
-            committer.add(store.write_unit("candidates", f"u{unit}", _rows(unit)))
-    committer.flush()
-"""
-
-
-@pytest.mark.parametrize("point", ["before ledger", "before commit", "after commit", "before strike"])
-def test_killed_anywhere_then_run_again_gives_the_undisturbed_table(store: Store, point: str) -> None:
-    def run(where: str) -> int:
-        code = textwrap.dedent(_CHILD)
-        return subprocess.run([sys.executable, "-c", code, str(store.root), where], cwd=REPO, timeout=120).returncode
-
-    assert run(point) == -signal.SIGKILL
-    assert run("nowhere") == 0
-    assert _ids(store) == [f"{unit:04d}-{i}" for unit in range(4) for i in range(3)]
-    assert store.committed_units("candidates") == {f"u{i}" for i in range(4)}
-    assert store.ledger("candidates") == []
-    pictures = store.read_pictures("candidates", "image", _addresses(store))
-    assert pictures == [b"picture" * 20_000] * 12
 
 
 def _addresses(store: Store) -> list[int]:
@@ -221,10 +179,23 @@ def test_a_root_that_cannot_be_used_says_why(tmp_path: Path, store: Store) -> No
         Store(str(other.parent)).table("samples")
 
 
-def test_keys_that_are_there_twice_are_named(store: Store) -> None:
+def test_rows_that_are_there_already_are_not_added_again_under_another_unit(store: Store) -> None:
     committer = Committer(store, "candidates", every=1)
     committer.add(store.write_unit("candidates", "u0", _rows(0)))
-    committer.add(store.write_unit("candidates", "other", _rows(0)))
+    with pytest.raises(DamagedData, match=r"3 row\(s\) of \['other'\] are in table"):
+        committer.add(store.write_unit("candidates", "other", _rows(0)))
+    committer = Committer(store, "sources", every=2)
+    twice = [{"source_id": "a"}]
+    committer.add(store.write_unit("sources", "one", twice))
+    with pytest.raises(DamagedData, match="Nothing was added"):
+        committer.add(store.write_unit("sources", "two", twice))
+    assert check_keys(store, "candidates") == 3
+    assert check_keys(store, "sources") == 0
+
+
+def test_keys_that_are_there_twice_are_named(store: Store) -> None:
+    for _ in range(2):
+        lance.write_dataset(schema.to_table("candidates", _rows(0)), store.uri("candidates"), mode="append")
     with pytest.raises(DamagedData, match="3 keys more than once"):
         check_keys(store, "candidates")
 

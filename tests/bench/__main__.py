@@ -6,35 +6,59 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.bench.harness import Comparison
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
 os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"})
 
 
 def main(names: list[str]) -> int:
-    """Print the tables named (all by default); return the exit code."""
-    import torch
-
+    """Print the tables named, by default all but `cuts`, which takes an hour the first time; return the exit code."""
+    from tests.bench.cuts import cuts
     from tests.bench.decoding import decoding
-    from tests.bench.harness import HEADER
+    from tests.bench.duplicates import duplicates
     from tests.bench.sampling import sampling
     from tests.bench.sketching import sketching
+    from tests.bench.text import text
 
-    tables = {"decoding": decoding, "sampling": sampling, "sketching": sketching}
-    unknown = set(names) - set(tables)
+    speeds = {"decoding": decoding, "sampling": sampling, "sketching": sketching}
+    finds = {"duplicates": duplicates, "text": text, "cuts": cuts}
+    unknown = set(names) - {*speeds, *finds}
     if unknown:
-        print(f"No benchmark {', '.join(sorted(unknown))}. There are: {', '.join(tables)}.", file=sys.stderr)
+        there = ", ".join([*speeds, *finds])
+        print(f"No benchmark {', '.join(sorted(unknown))}. There are: {there}.", file=sys.stderr)
         return 2
+    names = names or [*speeds, "duplicates", "text"]
+    _print_speeds([speeds[name] for name in names if name in speeds])
+    for name in names:
+        if name in finds:
+            print(f"\n{name}\n")
+            for line in finds[name]():
+                print(line, flush=True)
+    return 0
+
+
+def _print_speeds(tables: list[Callable[[Path], list[Comparison]]]) -> None:
+    """Print what is measured in time, as one table."""
+    import torch
+
+    from tests.bench.harness import HEADER
+
+    if not tables:
+        return
     print(
         f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}; median (range) of 5\n"
     )
     print(HEADER, flush=True)
-    for name in names or tables:
+    for table in tables:
         with tempfile.TemporaryDirectory() as folder:
-            for comparison in tables[name](Path(folder)):
+            for comparison in table(Path(folder)):
                 print(comparison.row(), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""Candidates: the frames chosen from a segment, or a still picture, encoded, with their scores.
+
+Run in a killable process.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from factory import still
+from factory.bars import find_bars
+from factory.cuts import starts_shot
+from factory.decode import decode, decode_in_order
+from factory.fetch import SourceChanged, check_unchanged
+from factory.locations import copy_stream
+from factory.picture import encode_jpeg
+from factory.schema import frame_id
+from factory.scores import scores
+from factory.shots import Shot, find_shots
+from factory.video import Segment, VideoConfig
+
+
+def candidate_frames(
+    segment: Segment, config: VideoConfig, decoder: Literal["decord", "av"] = "decord"
+) -> Iterator[dict[str, Any]]:
+    """Yield the `candidates` rows of `segment` in order of time.
+
+    They are the best frame of each shot that starts in it, or with `config.frames` its key frames, or the first frame
+    of each interval; each of those is a shot of its own. Raises RuntimeError where the file stops being readable; the
+    rows yielded before stay good. Decord reads ahead in a thread of its own, so how much of a damaged file it gives
+    before the error is chance; PyAV, slower, gives all that comes before, each time.
+    """
+    cv2.setNumThreads(1)
+    frames = {"decord": decode, "av": decode_in_order}[decoder]
+    if config.frames == "shots":
+        for shot in _shots(segment, config, frames):
+            if shot.start >= segment.start:
+                best = shot.best
+                at = {"index": best.look.index, "timestamp": best.look.timestamp}
+                yield _row(segment, best.image, config, **at, start=shot.start, end=shot.end)
+    else:
+        for index, timestamp, image in frames(segment, config):
+            yield _row(segment, image, config, index=index, timestamp=timestamp, start=timestamp, end=timestamp)
+
+
+def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator[dict[str, Any]]:
+    """Yield one `candidates` row per segment, each of a still picture, in order; failed where it is damaged.
+
+    In place of the row of a picture that is gone, changed or can't be reached: {"source_id", "error"}.
+    """
+    cv2.setNumThreads(1)
+    for segment in segments:
+        try:
+            data = _read_unchanged(segment)
+        except OSError as error:
+            yield {"source_id": segment.source_id, "error": f"decode: {error.strerror or error}"}
+            continue
+        try:
+            row = _row(segment, still.decode(data), config)
+        except Exception as error:  # any file may be here: the libraries' own errors are many
+            row = failed_candidate(segment, 0.0, " ".join(str(error).split()))
+        yield row
+
+
+def failed_candidate(segment: Segment, after: float, reason: str) -> dict[str, Any]:
+    """Return the `candidates` row that says from where on, in s, a segment could not be read."""
+    return {
+        # a microsecond later: no frame has this time stamp
+        "frame_id": frame_id(segment.source_id, after + 1e-6),
+        "source_id": segment.source_id,
+        "segment_id": segment.segment_id,
+        "timestamp": after,
+        "status": "failed",
+        "reason": f"decode: {reason}",
+    }
+
+
+def _shots(segment: Segment, config: VideoConfig, frames: Any) -> Iterator[Shot]:
+    if config.detector == "transnetv2":
+        from factory.transnetv2 import TransNetV2
+
+        # The film is decoded twice: the network looks far ahead, and thumbs are all that fits in memory.
+        starts = TransNetV2(frames(segment, config)).starts_shot
+    else:
+        starts = functools.partial(starts_shot, config=config)
+    return find_shots(frames(segment, config), starts, config, until=segment.end)
+
+
+def _read_unchanged(segment: Segment) -> bytes:
+    check_unchanged(segment)
+    data = io.BytesIO()
+    if copy_stream(segment.uri, data) != segment.source_id:
+        raise SourceChanged(f"{segment.uri} changed after it was hashed. Build again.")
+    return data.getvalue()
+
+
+def _row(
+    segment: Segment,
+    image: np.ndarray,
+    config: VideoConfig,
+    *,
+    index: int = 0,
+    timestamp: float = 0.0,
+    start: float = 0.0,
+    end: float = 0.0,
+) -> dict[str, Any]:
+    bars = find_bars(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+    picture = bars.cropped(image) if config.crop_bars else image
+    found = scores(picture)
+    below = found["subtitle_height"]
+    if config.crop_subtitles and below:
+        picture = picture[:-below]
+        found = scores(picture) | {"subtitle_height": below}
+    jpeg = encode_jpeg(picture, config.jpeg_quality)
+    return {
+        "frame_id": frame_id(segment.source_id, timestamp),
+        "source_id": segment.source_id,
+        "segment_id": segment.segment_id,
+        "frame_index": index,
+        "timestamp": timestamp,
+        "shot": frame_id(segment.source_id, start),
+        "shot_start": start,
+        "shot_end": end,
+        "width": picture.shape[1],
+        "height": picture.shape[0],
+        "image": jpeg,
+        "image_sha256": hashlib.sha256(jpeg).hexdigest(),
+        **{f"bar_{side}": size for side, size in bars._asdict().items()},
+        **found,
+    }

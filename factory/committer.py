@@ -1,0 +1,126 @@
+"""The committer: publishes what workers wrote as Lance transactions, a few units at a time, each exactly once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lance
+from lance import LanceOperation
+from lance.fragment import FragmentMetadata
+
+from factory import schema
+from factory.store import UNITS, DamagedData, Store
+
+
+class Committer:
+    """Publishes units of one table, every few units, each exactly once. There is one, in the process with the lock."""
+
+    def __init__(self, store: Store, name: str, *, every: int) -> None:
+        """Take up what an earlier run left: strike committed units from the ledger, publish the uncommitted ones."""
+        self._store, self._name, self._every = store, name, every
+        self._digests = store.digests(name)
+        self.done = store.committed_units(name)
+        self._digests.record_if_new(store.table(name).version)
+        self._queue: list[dict[str, Any]] = []
+        for entry in store.ledger(name):
+            if not self.done.isdisjoint(entry["units"]):
+                store.strike(name, entry["unit"])
+            else:
+                self._queue.append(entry)
+        self.flush()
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Queue an entry of write_unit or of write_updates; commit when enough are queued."""
+        self._queue.append(entry)
+        if len(self._queue) >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit what is queued: appended units in one transaction, updated fragments in one.
+
+        Of two units that share a part, the one that came first is published. Raises DamagedData when a fragment's file
+        is gone, or a row is in the table already: then nothing is.
+        """
+        updates = [entry for entry in self._queue if "updated" in entry]
+        appended = {entry["unit"]: entry for entry in self._queue if "updated" not in entry}
+        self._queue = []
+        fresh: dict[str, dict[str, Any]] = {}
+        taken = set(self.done)
+        for unit, entry in appended.items():
+            if taken.isdisjoint(entry["units"]):
+                fresh[unit] = entry
+                taken.update(entry["units"])
+        if fresh:
+            self._append(fresh)
+        if updates:
+            operation = LanceOperation.Update(
+                updated_fragments=[FragmentMetadata.from_json(json.dumps(entry["updated"])) for entry in updates],
+                fields_modified=updates[0]["fields"],
+                update_mode="rewrite_columns",
+            )
+            self._commit(operation, [])
+        for unit in appended:
+            self._store.strike(self._name, unit)
+
+    def _append(self, entries: dict[str, dict[str, Any]]) -> None:
+        for entry in entries.values():
+            self._check_files(entry)
+        keys = [key for entry in entries.values() for key in entry["keys"]]
+        present = self._count(keys)
+        if present or len(set(keys)) < len(keys):
+            raise DamagedData(
+                f"{present or len(keys) - len(set(keys))} row(s) of {sorted(entries)[:3]} are in table "
+                f"{self._store.uri(self._name)} already, under another unit of work. Nothing was added. "
+                f"Remove {self._store.root / '_ledger'} and run again: what is missing is redone."
+            )
+        fragments = [
+            FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
+        ]
+        before = self._store.table(self._name).count_rows()
+        self._commit(LanceOperation.Append(fragments), sorted(u for entry in entries.values() for u in entry["units"]))
+        after, found = self._store.table(self._name).count_rows(), self._count(keys)
+        if after != before + len(keys) or found != len(keys):
+            raise DamagedData(
+                f"Table {self._store.uri(self._name)} has {after} rows, {found} of them new, after a commit of "
+                f"{len(keys)} to {before}. Something else writes to it: make sure that only this project does."
+            )
+
+    def _check_files(self, entry: dict[str, Any]) -> None:
+        for name, size in entry["files"].items():
+            path = Path(self._store.uri(self._name), name)
+            if not path.exists() or path.stat().st_size != size:
+                raise DamagedData(
+                    f"{path} was written for a unit of work and is gone or cut short. Remove "
+                    f"{self._store.root / '_ledger'} and run again: the units that are not committed are redone."
+                )
+
+    def _count(self, keys: list[str]) -> int:
+        """Return how many rows of the table have one of `keys`."""
+        column, wanted = schema.KEYS[self._name], set(keys)
+        batches = self._store.table(self._name).to_batches(columns=[column])
+        return sum(key in wanted for batch in batches for key in batch[column].to_pylist())
+
+    def _commit(self, operation: LanceOperation.BaseOperation, units: list[str]) -> None:
+        table = self._store.table(self._name)
+        properties = {UNITS: json.dumps(units)} if units else {}
+        transaction = lance.Transaction(table.version, operation, transaction_properties=properties)
+        try:
+            lance.LanceDataset.commit(self._store.uri(self._name), transaction)
+        except Exception:
+            # The answer of a failed commit is ambiguous: the history decides.
+            if not units or not set(units) <= self._store.committed_units(self._name):
+                raise
+        self._digests.record_version(self._store.table(self._name).version)
+        self.done.update(units)
+
+
+def check_keys(store: Store, name: str) -> int:
+    """Return the number of rows of table `name`. Raises DamagedData when a key is there twice."""
+    key = schema.KEYS[name]
+    keys = store.table(name).to_table(columns=[key])[key]
+    twice = [item["values"] for item in keys.value_counts().to_pylist() if item["counts"] > 1]
+    if twice:
+        raise DamagedData(f"Table {store.uri(name)} holds {len(twice)} keys more than once, such as {twice[0]}.")
+    return len(keys)

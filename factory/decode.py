@@ -1,0 +1,203 @@
+"""Decoding: the frames of a segment with their stream time, by Decord, or by PyAV where Decord would be wrong."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from typing import Any
+
+import cv2
+import numpy as np
+
+from factory.sources import film_stream, open_film, time_stamps
+from factory.video import REMUX, Segment, VideoConfig
+
+Decoded = tuple[int, float, np.ndarray]  # index, timestamp s, RGB frame H,W,3 uint8
+
+# Demuxers of FFmpeg's in which Decord finds the frame that it is asked for. Elsewhere (MPEG-TS and -PS, AVI and ASF
+# with B-frames) it jumps to the wrong key frame and gives frames of another time.
+_DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "gif")
+_DECORD_WIDTH = 160  # pixels; below, its batches of some widths (32, 48, 96, 144) fail
+
+
+@dataclass(frozen=True)
+class Film:
+    """What the decoders must know of a film, and which of its frames decide a segment."""
+
+    times: np.ndarray  # s, of each frame, in order of showing
+    wanted: list[int]  # indices of the frames to decode, at least one
+    entry: float  # s, of the last key frame up to the first of these frames
+    size: tuple[int, int]  # width and height as stored, pixels
+    pixel_aspect: Fraction  # width of a pixel by its height
+    interlaced: bool
+    for_decord: bool
+
+
+def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+    """Yield the frames that the segment's candidates are chosen from, in order, upright and with square pixels.
+
+    Raises RuntimeError where the file can't be read on.
+    """
+    film = _film(segment, config)
+    if not film.wanted:
+        return iter(())
+    return (_by_decord if film.for_decord else _by_av)(film, segment, config)
+
+
+def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+    """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read."""
+    film = _film(segment, config)
+    return _by_av(film, segment, config) if film.wanted else iter(())
+
+
+def _film(segment: Segment, config: VideoConfig) -> Film:
+    from av.error import FFmpegError
+
+    with open_film(segment.uri) as container:
+        stamps = time_stamps(container)
+    times = np.asarray(stamps.times)
+    if np.any(np.diff(times) <= 0):
+        raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")
+    wanted = _wanted(times, stamps.keys, segment, config)
+    first = times[wanted[0]] if wanted else times[0]
+    with open_film(segment.uri) as container:
+        stream = film_stream(container)
+        stream.codec_context.thread_count = config.decode_threads
+        try:
+            frame = next(container.decode(stream))
+        except (FFmpegError, StopIteration) as error:
+            raise RuntimeError(f"not one frame can be decoded: {getattr(error, 'strerror', 'the end')}") from error
+        interlaced = frame.interlaced_frame or stream.codec_context.field_order > 1  # 1 is progressive
+        return Film(
+            times=times,
+            wanted=wanted,
+            entry=stamps.keys[int(np.searchsorted(stamps.keys, first, side="right")) - 1],
+            size=(stream.width, stream.height),
+            pixel_aspect=stream.sample_aspect_ratio or Fraction(1),
+            interlaced=interlaced,
+            for_decord=_is_for_decord(container.format.name, frame, unseen=stamps.unseen, interlaced=interlaced),
+        )
+
+
+def _wanted(times: np.ndarray, keys: list[float], segment: Segment, config: VideoConfig) -> list[int]:
+    """Return the indices of the frames that decide `segment`.
+
+    For shots these are all from the overlap before it to the bound of its last shot and the overlap behind that;
+    otherwise its own key frames, or in it the first frame at or after each multiple of the interval.
+    """
+    since = times - times[0]
+
+    def at(seconds: float) -> int:
+        return int(np.searchsorted(since, seconds))
+
+    if config.frames == "shots":
+        context, end = config.context_frames, segment.end + config.max_shot_seconds
+        first = min(at(segment.start) - context, at(segment.start - config.overlap_seconds))
+        last = max(at(end) + context, at(end + config.overlap_seconds))
+        return list(range(max(first, 0), min(last, len(times))))
+    if config.frames == "keyframes":
+        indices = np.searchsorted(times, keys)
+    else:
+        indices = np.flatnonzero(np.diff(np.floor(since / config.interval_seconds + 1e-6), prepend=-1))
+    return [int(index) for index in indices if at(segment.start) <= index < at(segment.end)]
+
+
+def _is_for_decord(container: str, frame: Any, *, unseen: int, interlaced: bool) -> bool:
+    """Return whether Decord gives the right frames of the film in `container` that begins with PyAV's `frame`.
+
+    It counts packets that are never shown as frames, and neither turns frames nor deinterlaces them.
+    """
+    return (
+        container in _DECORD_FORMATS and frame.width >= _DECORD_WIDTH and not (unseen or interlaced or frame.rotation)
+    )
+
+
+def _by_decord(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+    import decord
+
+    reader = decord.VideoReader(segment.uri, num_threads=config.decode_threads)
+    if len(reader) != len(film.times):
+        raise RuntimeError(f"the decoder counts {len(reader)} frames, the container {len(film.times)}. {REMUX}")
+    width, height = film.size
+    step = max(1, min(16, int(64e6 / (height * width * 3))))  # at most 64 MB of raw frames at once
+    for low in range(0, len(film.wanted), step):
+        indices = film.wanted[low : low + step]
+        for index, image in zip(indices, reader.get_batch(indices).asnumpy(), strict=True):
+            yield index, float(film.times[index] - film.times[0]), _square(image, film.pixel_aspect)
+
+
+def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+    from av.error import FFmpegError
+    from av.video.reformatter import VideoReformatter
+
+    width, height = film.size
+    start = film.times[film.wanted[0]]
+    reformatter = VideoReformatter()
+    missing = deque(film.wanted)
+    index = missing[0] - 1
+    with open_film(segment.uri) as container:
+        stream = film_stream(container)
+        stream.codec_context.thread_count = config.decode_threads
+        if config.frames == "keyframes":
+            stream.codec_context.skip_frame = "NONKEY"
+        try:
+            frames = _frames_from(film.entry, container, stream)
+            for frame in _deinterlaced(frames, stream) if film.interlaced else frames:
+                if frame.time is None:
+                    raise RuntimeError(f"a frame has no time stamp. {REMUX}")
+                if frame.is_corrupt:
+                    raise RuntimeError("a frame is damaged")
+                if frame.time < start:
+                    continue
+                before, index = index, int(np.abs(film.times - frame.time).argmin())
+                if index <= before:
+                    raise RuntimeError(f"the time stamps do not follow the order of the frames. {REMUX}")
+                while missing and missing[0] < index:  # the decoder left it out
+                    missing.popleft()
+                if missing and missing[0] == index:
+                    rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+                    image = np.rot90(_square(rgb, film.pixel_aspect), frame.rotation // 90)
+                    yield index, float(film.times[index] - film.times[0]), np.ascontiguousarray(image)
+                    missing.popleft()
+                if not missing:
+                    return
+        except FFmpegError as error:
+            raise RuntimeError(error.strerror) from error
+    if missing:
+        raise RuntimeError(f"the decoder ended before frame {missing[0] + 1} of {len(film.times)}. {REMUX}")
+
+
+def _frames_from(entry: float, container: Any, stream: Any) -> Iterator[Any]:
+    """Yield PyAV's frames from the key frame at `entry` (s) on; it is read up to, as a jump is not sure to hit it."""
+    reached = False
+    for packet in container.demux(stream):
+        reached = reached or (packet.is_keyframe and float(packet.pts * stream.time_base) == entry)
+        if reached:
+            yield from packet.decode()
+
+
+def _deinterlaced(frames: Iterator[Any], stream: Any) -> Iterator[Any]:
+    """Yield PyAV's `frames`, the interlaced ones with both fields brought to one moment (FFmpeg's bwdif)."""
+    from av.filter import Graph
+
+    graph = Graph()
+    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(graph.add_buffer(template=stream), bwdif, graph.add("buffersink")).configure()
+    for frame in chain(frames, [None]):
+        graph.push(frame)
+        with contextlib.suppress(BlockingIOError, EOFError):  # it looks one frame ahead
+            while True:
+                yield graph.pull()
+
+
+def _square(image: np.ndarray, pixel_aspect: Fraction) -> np.ndarray:
+    """Return the image H,W,3 with square pixels in place of `pixel_aspect` times as wide as high: one side grows."""
+    if pixel_aspect == 1:
+        return image
+    height, width = image.shape[:2]
+    size = (round(width * max(pixel_aspect, 1)), round(height / min(pixel_aspect, 1)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)

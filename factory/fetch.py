@@ -1,0 +1,102 @@
+"""Films on a node's own disk: a local one where it is, an object fetched into a cache, since Decord needs a file."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from factory.files import locked, new_file
+from factory.locations import copy_stream, is_remote, stamp
+from factory.video import Segment, VideoConfig
+
+_POLL_SECONDS = 0.5
+
+
+class SourceChanged(OSError):
+    """A file or object is not what it was when it was hashed."""
+
+
+@contextlib.contextmanager
+def on_disk(segment: Segment, config: VideoConfig) -> Iterator[str]:
+    """Yield the path of the segment's film on this node's disk. OSError when it is gone, SourceChanged when it is not
+    what was hashed, at the start of the block or at its end."""
+    if is_remote(segment.uri):
+        with _cached(segment, config) as path:
+            yield str(path)
+        return
+    check_unchanged(segment)
+    yield segment.uri
+    check_unchanged(segment)
+
+
+def check_unchanged(segment: Segment) -> None:
+    """Raise SourceChanged unless the segment's file was last changed when it was hashed, OSError when it is gone."""
+    if stamp(segment.uri)[1] != segment.modified_ns:
+        raise SourceChanged(f"{segment.uri} changed after it was hashed. Build again.")
+
+
+@contextlib.contextmanager
+def _cached(segment: Segment, config: VideoConfig) -> Iterator[Path]:
+    """Yield the cached copy of an object, kept from eviction by a shared lock on it; fetch it where there is none."""
+    folder = Path(config.cache_folder or os.path.join(tempfile.gettempdir(), f"animesketch-cache-{os.getuid()}"))
+    path = folder / segment.source_id
+    with contextlib.ExitStack() as held:
+        if not _hold(path, held):
+            with locked(folder, wait=True):  # one fetch at a time on a node
+                if not _hold(path, held):
+                    _fetch(segment, path, round(config.cache_gigabytes * 1e9))
+                    _hold(path, held)
+        yield path
+
+
+def _hold(path: Path, held: contextlib.ExitStack) -> bool:
+    """Lock the file at `path` against eviction until `held` closes, and mark it as used; return whether it is there."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    held.callback(os.close, handle)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    if os.fstat(handle).st_nlink == 0:  # it was evicted while this waited
+        return False
+    os.utime(path)
+    return True
+
+
+def _fetch(segment: Segment, path: Path, limit: int) -> None:
+    """Put the object in place at `path`, whole and checked against its sha256."""
+    os.chmod(path.parent, 0o700)
+    for half in path.parent.glob(".*.tmp.*"):  # of a fetch that was killed: nobody else writes, by the lock
+        half.unlink()
+    size = stamp(segment.uri)[0]
+    if size > limit:
+        raise OSError(
+            f"{segment.uri} has {size / 1e9:.1f} GB, the cache at most {limit / 1e9:g}: raise video.cache_gigabytes"
+        )
+    while _evict(path.parent, limit - size):
+        time.sleep(_POLL_SECONDS)
+    with new_file(path) as aside:
+        with open(aside, "wb") as target:
+            digest = copy_stream(segment.uri, target)
+        if digest != segment.source_id:
+            raise SourceChanged(f"{segment.uri} changed after it was hashed. Build again.")
+
+
+def _evict(folder: Path, limit: int) -> bool:
+    """Remove cached films, the longest unused first, until they take `limit` bytes; return whether they take more, all
+    being in use."""
+    films = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime_ns)
+    left = sum(p.stat().st_size for p in films)
+    for film in films:
+        if left <= limit:
+            break
+        with open(film, "rb") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left -= film.stat().st_size
+            film.unlink()
+    return left > limit

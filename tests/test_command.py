@@ -1,0 +1,86 @@
+"""The command line: what it says to those who type too little, or wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from factory.__main__ import _VERBS, USAGE, _parser, main
+from factory.config import micro, paper
+from factory.settings import load
+
+
+def _refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    """What is said on standard error when the command line is wrong."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == USAGE
+    return capsys.readouterr().err
+
+
+def test_without_arguments_it_says_what_can_be_done(capsys: pytest.CaptureFixture) -> None:
+    told = _refused([], capsys)
+    assert "python -m factory build films/ --root /data/anime" in told
+    for verb in _VERBS:
+        assert f"\n    {verb} " in told
+    assert "exit codes: 0 done; 1 not finished" in told
+
+
+def test_a_wrong_verb_is_answered_with_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    assert "no verb 'biuld'. Did you mean build?" in _refused(["biuld", "films"], capsys)
+    assert "no verb 'captions'. Did you mean caption?" in _refused(["captions", "--root", "/d"], capsys)
+    assert f"Verbs: {', '.join(_VERBS)}." in _refused(["xyz"], capsys)
+
+
+@pytest.mark.parametrize("verb", list(_VERBS))
+def test_every_verb_teaches_by_examples_that_parse(verb: str, capsys: pytest.CaptureFixture) -> None:
+    import shlex
+
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    assert "exit codes:" in told
+    for example in _VERBS[verb][1]:
+        assert f"  python -m factory {example}\n" in told
+        assert _parser().parse_args(shlex.split(example.split(" > ")[0])).verb == verb
+
+
+@pytest.mark.parametrize("preset", [micro, paper])
+def test_the_printed_config_is_one_that_config_takes(
+    preset: object, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    made = preset()  # type: ignore[operator]
+    assert main(["config", "--preset", preset.__name__, "--set", "caption.keywords=[ink, 'a: b']"]) == 0  # type: ignore[attr-defined]
+    printed = capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text(printed)
+    wanted = load(made, None, ["caption.keywords=[ink, 'a: b']"])
+    for base in (micro(), paper()):
+        assert load(base, tmp_path / "c.yaml") == wanted
+    assert "  # Least short side of a frame (pixels).\n  min_short_side: " in printed
+
+
+def test_config_prints_the_settings_that_a_root_was_written_with(
+    small_dataset: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["config", "--root", str(small_dataset)]) == 0
+    assert "  holdout: [toon-01.mp4]\n" in capsys.readouterr().out
+    assert main(["config", "--root", str(small_dataset), "--preset", "micro"]) == 0
+    assert "  holdout: []\n" in capsys.readouterr().out
+
+
+def test_settings_of_another_version_are_refused_with_what_to_do(
+    small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import shutil
+
+    from factory.store import Store
+
+    shutil.copytree(small_dataset, tmp_path / "root")
+    store = Store(str(tmp_path / "root"))
+    store.keep_settings({**(store.settings() or {}), "colour_of_the_sky": "blue"})
+    assert main(["select", "--root", str(store.root)]) == USAGE
+    told = capsys.readouterr().err
+    assert "colour_of_the_sky" in told
+    assert "Give --preset." in told

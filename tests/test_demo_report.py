@@ -1,0 +1,64 @@
+"""The demo's report: the dataset's page with training, pictures and commands."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import report
+from factory.report import funnel, sample_rows
+from factory.store import Store
+
+
+@pytest.fixture
+def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
+    """A demo's folder: the small dataset, and made-up metrics and pictures."""
+    from PIL import Image
+
+    from cluster.pictures import requests_for
+
+    (tmp_path / "dataset").symlink_to(small_dataset)
+    for folder in ("run", "images"):
+        (tmp_path / folder).mkdir()
+    rows: list[dict[str, Any]] = [{"step": 0, "alignment_step": i, "alignment_loss": 0.9 / i} for i in range(1, 31)]
+    rows += [{"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)]
+    rows.append({"step": 40, "validation_loss": 0.0625})
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = []
+    for i, request in enumerate(requests_for(small_dataset)):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+        index.append({"file": f"{i}.png", **vars(request), "prompt": request.prompt + "<script>alert(1)</script>"})
+    (tmp_path / "images/index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
+    steps = {"dataset": {"title": "Dataset", "key": "k", "seconds": 61.2, "commands": ["ray job submit -- x"]}}
+    page = report.write_report(
+        finished_demo, {"steps": steps, "versions": {"ray": "2.60.0"}, "machine": "2 cores"}
+    ).read_text()
+    store = Store(str(finished_demo / "dataset"))
+    told = funnel(store)
+    assert f"{told['kept']} of {told['candidates']} candidates kept" in page
+    for source in ("toon-00.mp4", "toon-01.mp4"):
+        assert f"<td>{source}</td>" in page
+    for row in sample_rows(store):
+        assert row["caption"] in page
+        assert f"{row['source']} at {row['timestamp']:.2f} s" in page
+    assert "adapter: keywords, sketch" in page
+    assert "0.0625" in page
+    assert "alignment step<" in page
+    assert f"<dd>{sum(0.9 / i for i in range(21, 31)) / 10:.3f}</dd>" in page
+    assert "training step<" in page
+    assert "<svg" in page
+    assert "1 min 01 s" in page
+    assert "ray job submit -- x" in page
+    # one file: every picture is inside, nothing is loaded, text is escaped
+    kinds = {source.split(",")[0] for source in re.findall(r'<img[^>]* src="([^"]*)"', page)}
+    assert kinds == {"data:image/jpeg;base64", "data:image/png;base64"}
+    assert not re.search(r'(?:href|src)="(?!data:|#)', page)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert len(page) < 6 * 10**6

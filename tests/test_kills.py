@@ -1,0 +1,140 @@
+"""SIGKILL of every part at every point, then the same command again: the rows equal the undisturbed run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from factory import pipeline, settings, status, tasks
+from factory.config import FactoryConfig, micro
+from factory.sources import find_sources
+from factory.store import Store
+from factory.verify import verify
+from tests.killing import KilledOnce, runs
+from tests.test_factory import OVERRIDES, contents
+
+REPO = Path(__file__).parent.parent
+SMALL_UNITS = ["commit_every=1", "samples_per_unit=4"]
+
+
+def test_killed_before_any_effect_on_the_disk_the_store_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.crash_points", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout)
+    whole, killed = found["whole"], found["killed"]
+    assert whole["keys"] == [f"u{unit}-{i}" for unit in range(3) for i in range(2)]
+    assert whole["units"] == ["empty", "u0", "u1", "u2"]
+    assert whole["ledger"] == whole["damaged"] == []
+    names = {
+        "write_fragments",
+        "replace",
+        "commit",
+        "unlink",
+        "update_columns",
+        "update_config",
+        "cleanup_old_versions",
+    }
+    assert names <= set(whole["effects"])
+    assert len(killed) > 50
+    written = whole.pop("effects").count("write_fragments")
+    for number, case in enumerate(killed):
+        # One process writes the units in turn: it had one in hand, and what the ledger holds is not written again.
+        assert case.pop("effects").count("write_fragments") <= written + 1, number
+        assert case == {**whole, "first": -signal.SIGKILL}, number
+
+
+_DRIVER = """
+    import os, signal, sys
+    from factory.__main__ import main
+    from factory.committer import Committer
+
+    def commit_and_die(self, operation, units, commit=Committer._commit):
+        wanted = self._name == sys.argv[2] and units
+        if not wanted or sys.argv[1] == "after":
+            commit(self, operation, units)
+        if wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Committer._commit = commit_and_die
+    main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(("when", "table"), [("before", "candidates"), ("after", "samples")])
+def test_a_driver_killed_beside_its_commit(
+    when: str, table: str, ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    sets = [part for override in (*OVERRIDES, *SMALL_UNITS) for part in ("--set", override)]
+    driver = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_DRIVER), when, table, "build", str(films), "--root", str(root), *sets],
+        cwd=REPO,
+        env={**os.environ, "RAY_ADDRESS": ray_session},
+        timeout=180,
+    )
+    assert driver.returncode == -signal.SIGKILL
+    store = Store(str(root))
+    assert store.ledger(table)  # written
+    assert bool(store.table(table).count_rows()) == (when == "after")
+    pipeline.build(store, find_sources([str(films)]), small_units())
+    assert contents(root) == contents(small_dataset)
+    assert verify(store).damaged == []
+
+
+@pytest.mark.parametrize(
+    ("task", "point"),
+    [
+        ("DecodeSegment", "before the ledger"),
+        ("AppendSamples", "at the start"),
+        ("DrawSketches", "mid-unit"),
+        ("WriteCaptions", "before the answer"),
+    ],
+)
+def test_a_task_whose_worker_was_killed_is_run_again_and_no_other(
+    task: str,
+    point: str,
+    ray_session: str,
+    small_dataset: Path,
+    films: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replace_task(monkeypatch, task, point, tmp_path)
+    store = Store(str(tmp_path / "root"))
+    pipeline.build(store, find_sources([str(films)]), small_units())
+    assert contents(store.root) == contents(small_dataset)
+    assert verify(store).damaged == []
+    inputs = runs(tmp_path)
+    assert len(inputs) == len(set(inputs)) + 1 >= 3
+
+
+def test_a_killed_decoder_leaves_its_film_to_the_next_run(
+    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_task(monkeypatch, "DecodeSegment", "the decoder, mid-unit", tmp_path)
+    store = Store(str(tmp_path / "root"))
+    for expected in (1, 0):
+        pipeline.build(store, find_sources([str(films)]), small_units())
+        assert len(status.funnel(store)["failed_sources"]) == expected
+    assert contents(store.root) == contents(small_dataset)
+    inputs = runs(tmp_path)
+    assert len(inputs) == len(set(inputs)) + 1 == 3
+
+
+def small_units() -> FactoryConfig:
+    return settings.load(micro(), None, [*OVERRIDES, *SMALL_UNITS])
+
+
+def replace_task(monkeypatch: pytest.MonkeyPatch, task: str, point: str, folder: Path) -> None:
+    """Put a KilledOnce around one of the pipeline's tasks."""
+    original = getattr(tasks, task)
+    made = {**vars(tasks), task: lambda *arguments: KilledOnce(original(*arguments), point, folder)}
+    monkeypatch.setattr(pipeline, "tasks", SimpleNamespace(**made))

@@ -1,0 +1,304 @@
+"""What can be given as sources: names, links, things that are no film, files that change, and one source more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+
+from factory import pipeline, settings, tasks, worker
+from factory.config import FactoryConfig, micro
+from factory.decode import decode
+from factory.sources import describe_source, find_sources, segments_of
+from factory.store import Store
+from factory.video import VideoConfig
+from tests.conftest import REPO
+from tests.footage import patterns, write_film
+
+LIMITS = {"deadline_seconds": 30, "memory_limit_mb": 4000}
+NAMES = ("two words.mp4", 'it\'s "quoted".mp4', "new\nline.mp4", "映画 é.mp4", "-x ;$(y)`z`.mp4", "[a]%20#?*.mp4")
+
+
+def _config(*overrides: str) -> FactoryConfig:
+    return settings.load(micro(), None, ["split.validation_share=0", *overrides])
+
+
+def _describe(path: object) -> dict[str, Any]:
+    return describe_source(str(path), VideoConfig())
+
+
+def test_folders_files_and_globs_are_found(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b/c.MKV", "b/p.JPG", "b/notes.txt", ".hidden.mp4", ".thumbnails/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert find_sources([str(tmp_path)]) == [str(tmp_path / name) for name in ("a.mp4", "b/c.MKV", "b/p.JPG")]
+    assert find_sources([f"file://{tmp_path}/b"]) == find_sources([f"{tmp_path}/b/*.[MJ]*"])
+    assert len(find_sources([str(tmp_path / "*.mp4"), str(tmp_path / "a.mp4")])) == 1
+    assert find_sources([str(tmp_path / "b/notes.txt")]) == [str(tmp_path / "b/notes.txt")]
+    with pytest.raises(FileNotFoundError, match="No video at"):
+        find_sources([str(tmp_path / "*.avi")])
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "https://example.org/film.mp4",
+        "http://example.org/f.m3u8",
+        "rtsp://camera",
+        "file://host/film.mkv",
+        "s3:///film.mkv",
+        "s3://key:secret@bucket/film.mkv",
+        "s3://bucket/film.mkv?endpoint_override=elsewhere",
+    ],
+)
+def test_only_paths_and_object_stores_are_sources(location: str) -> None:
+    with pytest.raises(ValueError, match="cannot be a source") as error:
+        find_sources([location])
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("location", ["concat:a.mp4|b.mp4", "subfile,,start,0,end,9,,:a.mp4", "pipe:0"])
+def test_protocols_of_ffmpeg_are_names_of_files(location: str) -> None:
+    with pytest.raises(FileNotFoundError, match="No video at"):
+        find_sources([location])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_read(film: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    shutil.copy(film, path)
+    assert find_sources([str(tmp_path)]) == find_sources([str(path)]) == [str(path)]
+    row = _describe(path)
+    assert (row["status"], row["uri"]) == ("pending", str(path))
+    assert len(list(decode(segments_of(row)[0], VideoConfig()))) == 24
+
+
+def test_a_name_that_is_no_text_is_a_failed_row(tmp_path: Path) -> None:
+    (tmp_path / "good.mp4").touch()
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.mp4", "wb"):
+        pass
+    bad, good = find_sources([str(tmp_path)])
+    assert bad.endswith(r"caf\xe9.mp4")
+    assert good.endswith("good.mp4")
+    assert _describe(bad)["status"] == "failed"
+
+
+def test_links_to_files_are_followed_and_links_to_folders_are_not(film: Path, tmp_path: Path) -> None:
+    (tmp_path / "out-of-root.mp4").symlink_to(film)
+    (tmp_path / "round").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "to-nothing.mp4").symlink_to(tmp_path / "absent.mp4")
+    (tmp_path / "itself.mp4").symlink_to(tmp_path / "itself.mp4")
+    rows = {Path(path).name: _describe(path) for path in find_sources([str(tmp_path)])}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "itself.mp4": "failed",
+        "out-of-root.mp4": "pending",
+        "to-nothing.mp4": "failed",
+    }
+    assert rows["to-nothing.mp4"]["error"] == "cannot be read: No such file or directory"
+
+
+def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (path,) = find_sources([str(tmp_path)])
+    assert find_sources([path]) == [path]
+    (row,) = worker.run_killable("tests.test_sources:_described", path, **LIMITS)
+    assert (row["status"], row["error"]) == ("failed", "cannot be read: it is no regular file")
+
+
+def _described(path: str, user: int | None = None) -> Iterator[dict[str, Any]]:
+    """For a process of its own: the rows of what is found at `path`, by another user where one is given."""
+    if user is not None:
+        os.seteuid(user)
+    yield from (_describe(found) for found in find_sources([path]))
+
+
+def test_what_may_not_be_read_is_a_failed_row(film: Path) -> None:
+    user = 65534 if os.geteuid() == 0 else None  # root may read everything: somebody else looks
+    with tempfile.TemporaryDirectory() as folder:
+        film_file, closed = Path(folder, "film.mp4"), Path(folder, "closed")
+        closed.mkdir()
+        shutil.copy(film, film_file)
+        shutil.copy(film, closed)
+        for path, mode in ((film_file, 0), (closed, 0), (Path(folder), 0o755)):
+            path.chmod(mode)
+        rows = list(worker.run_killable("tests.test_sources:_described", folder, user, **LIMITS))
+        closed.chmod(0o755)
+    assert {row["uri"]: row["error"] for row in rows} == {
+        str(film_file): "cannot be read: Permission denied",
+        str(closed): "cannot be read: it is a folder that may not be listed",
+    }
+
+
+def test_a_folder_named_like_a_film_is_a_folder(film: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x.mp4"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match="No video at"):
+        find_sources([str(folder)])
+    shutil.copy(film, folder)
+    assert find_sources([str(tmp_path)]) == find_sources([str(folder)]) == [str(folder / "film.mp4")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.mp4", b""),
+        ("text.mp4", b"this is no film\n" * 50),
+        ("header.mp4", b"\x00\x00\x00\x18ftypmp42" + bytes(28)),
+        ("empty.png", b""),
+        ("text.png", b"this is no picture\n" * 50),
+    ],
+)
+def test_what_is_neither_film_nor_picture_is_a_failed_row(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    row = _describe(tmp_path / name)
+    assert row["status"] == "failed"
+    assert row["error"].startswith("not a video" if name.endswith(".mp4") else "not a picture")
+    assert len(row["source_id"]) == 64
+
+
+_HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ffconcat version 1.0\nfile film.mp4\n", "refused: its format is none of "),
+        (_HLS.format("film.mp4"), "not a video that can be opened"),
+        (_HLS.format("http://127.0.0.1:1/film.mp4"), "not a video that can be opened"),
+    ],
+    ids=["concat", "hls", "http"],
+)
+def test_a_playlist_named_like_a_film_opens_no_other_file(film: Path, tmp_path: Path, text: str, message: str) -> None:
+    shutil.copy(film, tmp_path)
+    path = tmp_path / "playlist.mp4"
+    path.write_text(text)
+    row = _describe(path)
+    assert row["status"] == "failed"
+    assert row["error"].startswith(message)
+    if text.startswith("ff"):
+        with av.open(str(path)) as container:  # as it comes, the library follows it
+            assert container.streams.video
+
+
+def _grown(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_grown, "changed after it was hashed. Build again."), (os.remove, "No such file or directory")],
+    ids=["grown", "gone"],
+)
+def test_a_film_that_changes_before_it_is_decoded_is_not_decoded(
+    film: Path, tmp_path: Path, change: Callable, message: str
+) -> None:
+    path = tmp_path / "f.mp4"
+    shutil.copy(film, path)
+    store = Store(str(tmp_path / "root"))
+    store.create()
+    (segment,) = segments_of(_describe(path))
+    change(path)
+    entry = json.loads(tasks.DecodeSegment(store, _config())(asdict(segment))["entry"])
+    assert message in entry["error"]
+    assert entry["source_id"] == segment.source_id
+    assert not store.ledger("candidates")
+
+
+def test_a_source_that_changed_in_a_build_is_recorded_and_taken_up_by_the_next(
+    ray_session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    for i, name in enumerate(("good.mp4", "grows.mp4", "goes.mp4")):
+        write_film(films / name, patterns(3 + i, 12))
+    picture = films / "goes.jpg"
+    shutil.copy(REPO / "docs/demo.jpg", picture)
+    (films / "late.mp4").symlink_to(tmp_path / "late")
+    store, describe = Store(str(tmp_path / "root")), pipeline.add_sources
+    store.create()
+
+    def described_then_changed(*args: Any) -> set[str]:
+        built = describe(*args)
+        _grown(films / "grows.mp4")
+        (films / "goes.mp4").rename(tmp_path / "aside")
+        picture.rename(tmp_path / "picture")
+        return built
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "add_sources", described_then_changed)
+        pipeline.decode(store, find_sources([str(films)]), _config())
+    rows = {Path(row["uri"]).name: row for row in store.table("sources").to_table().to_pylist()}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "good.mp4": "ok",
+        "grows.mp4": "failed",
+        "goes.mp4": "failed",
+        "goes.jpg": "failed",
+        "late.mp4": "failed",
+    }
+    assert "changed after it was hashed" in rows["grows.mp4"]["error"]
+    assert all("No such file" in rows[name]["error"] for name in ("goes.mp4", "goes.jpg"))
+
+    (tmp_path / "aside").rename(films / "goes.mp4")
+    (tmp_path / "picture").rename(picture)
+    write_film(tmp_path / "late.mkv", patterns(1, 12)).rename(tmp_path / "late")
+    pipeline.decode(store, find_sources([str(films)]), _config())
+    found = [(Path(r["uri"]).name, r["status"]) for r in store.table("sources").to_table().to_pylist()]
+    # what grew is another source: what it was cannot be read any more; what could not be read at all is one row now
+    assert sorted(found) == [
+        ("goes.jpg", "ok"),
+        ("goes.mp4", "ok"),
+        ("good.mp4", "ok"),
+        ("grows.mp4", "failed"),
+        ("grows.mp4", "ok"),
+        ("late.mp4", "ok"),
+    ]
+
+
+def test_a_source_that_comes_and_goes_is_always_in_the_table(ray_session: str, film: Path, tmp_path: Path) -> None:
+    store, path = Store(str(tmp_path / "root")), tmp_path / "late.mp4"
+    store.create()
+    path.symlink_to(tmp_path / "late")
+    for there in (False, True, False):
+        if there:
+            shutil.copy(film, tmp_path / "late")
+        else:
+            (tmp_path / "late").unlink(missing_ok=True)
+        built = pipeline.add_sources(store, [str(path)], _config())
+        found = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
+        assert {row["source_id"]: row["status"] for row in found}[built.pop()] == ("pending" if there else "failed")
+
+
+def test_one_source_more_is_the_only_one_that_is_read_and_decoded(
+    ray_session: str, small_dataset: Path, films: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(small_dataset, root)
+    described: list[dict] = []
+    decoded: list[dict] = []
+    run, run_tasks = pipeline.run, pipeline.run_tasks
+
+    def counted(stage: str, *args: Any) -> list:
+        if stage == "decode":
+            decoded.extend(next(arg for arg in args if isinstance(arg, list)))
+        return run(stage, *args)
+
+    def told(*args: Any) -> Iterator[dict]:
+        for answer in run_tasks(*args):
+            described.extend(json.loads(answer["json"]))
+            yield answer
+
+    monkeypatch.setattr(pipeline, "run", counted)
+    monkeypatch.setattr(pipeline, "run_tasks", told)
+    pipeline.build(Store(str(root)), find_sources([str(films), str(film)]), _config("video.segment_seconds=0.4"))
+    assert len(described) == 3
+    assert [row["uri"] for row in described if "status" in row] == [str(film)]
+    assert [row["uri"] for row in decoded] == [str(film)] * 2

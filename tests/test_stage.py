@@ -1,0 +1,103 @@
+"""Running a stage: its progress, its counters for Prometheus, and what of a dataset a change makes stale."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from factory import caption, metrics, stage
+from factory.committer import Committer
+from factory.config import micro
+from factory.models import find_model
+from factory.stage import PICTURES, Progress, clock
+from factory.store import Store
+
+
+def test_progress_tells_counts_speed_and_time_left_in_whole_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(stage.time, "monotonic", lambda: now[0])
+    progress = Progress("decode", "segments", 4, "s of film", 1000.0)
+    for seconds, amount, rows, failed in (
+        (4, 100, 5, False),
+        (6, 300, 15, False),
+        (8, 300, 0, True),
+        (1, 300, 7, False),
+    ):
+        now[0] += seconds
+        progress.step(amount, rows=rows, failed=failed)
+    assert capsys.readouterr().out == (
+        # none after 4 s; what is left is judged by the film, not by the number of segments
+        "decode   2/4 segments, 20 rows, 40 s of film per second, 10 s spent, 15 s left\n"
+        "decode   3/4 segments, 20 rows, 1 failed, 38.9 s of film per second, 18 s spent, 8 s left\n"
+        "decode   4/4 segments, 27 rows, 1 failed, 52.6 s of film per second, 19 s spent\n"
+    )
+
+
+def test_progress_of_nothing_says_so(capsys: pytest.CaptureFixture) -> None:
+    Progress("sketch", "units of samples", 0)
+    assert capsys.readouterr().out == "sketch   nothing to do\n"
+
+
+def test_durations_are_told_in_words() -> None:
+    assert [clock(s) for s in (0.4, 59.6, 125, 11220)] == ["0 s", "1 min 00 s", "2 min 05 s", "3 h 07 min"]
+
+
+def test_a_model_is_loaded_without_a_word(capfd: pytest.CaptureFixture) -> None:
+    caption._loaded.__wrapped__(str(find_model("animesketch/captioner")))
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_counters_follow_prometheus_conventions() -> None:
+    for name in metrics.COUNTERS:
+        assert re.fullmatch(r"animesketch_factory_[a-z_]+_total", name)
+    with pytest.raises(KeyError):
+        metrics.count("frames_per_minute", 1)
+
+
+def test_ray_serves_what_a_stage_did(ray_session: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "root"))
+    store.create()
+
+    def task(row: dict) -> dict:
+        if row["edit"] == "bad":
+            return {"entry": json.dumps({"error": "the worker ended"})}
+        rows = [{"edit_id": row["edit"] + end, "frame_id": "f"} for end in "ab"]
+        return {"entry": json.dumps(store.write_unit("edits", row["edit"], rows))}
+
+    rows = [{"edit": name, "amount": 3} for name in ("one", "two", "bad")]
+    failures = stage.run("tried", "edits", PICTURES, task, rows, Committer(store, "edits", every=1), micro())
+    assert [failure["error"] for failure in failures] == ["the worker ended"]
+    written = sum(file.stat().st_size for file in (tmp_path / "root/edits.lance/data").iterdir())
+    wanted = {
+        "units": 3,
+        "rows": 4,
+        "pictures": 6,
+        "written_bytes": written,
+        "failures": 1,
+    }
+    found = _scraped("tried", {*wanted, "stage_seconds"})
+    assert 0 < found.pop("stage_seconds") < 60
+    assert found == wanted
+
+
+def _scraped(of_stage: str, names: set[str]) -> dict[str, float]:
+    """The values of the factory's counters `names` for a stage, once Ray's metrics page has all of them."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    line = re.compile(rf'^ray_animesketch_factory_(\w+)_total\{{.*stage="{of_stage}".*\}} (\S+)$', re.M)
+    deadline = time.monotonic() + 90
+    found: dict[str, float] = {}
+    while found.keys() < names and time.monotonic() < deadline:
+        time.sleep(0.5)
+        with urllib.request.urlopen(url, timeout=10) as page:
+            found = {name: float(value) for name, value in line.findall(page.read().decode())}
+    return found
