@@ -72,8 +72,8 @@ def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator
 def failed_candidate(segment: Segment, after: float, reason: str) -> dict[str, Any]:
     """Return the `candidates` row that says from where on, in s, a segment could not be read."""
     return {
-        # a microsecond later: no frame has this time stamp
-        "frame_id": frame_id(segment.source_id, after + 1e-6),
+        # by the segment, which has one such row at most: two may break at the same time
+        "frame_id": f"{frame_id(segment.source_id, segment.start)}-failed",
         "source_id": segment.source_id,
         "segment_id": segment.segment_id,
         "timestamp": after,

@@ -137,6 +137,7 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
             continue  # it never opened; its error says why
         good = [row for row in by_source[key] if row["status"] != "failed"]
         failed = [row for row in by_source[key] if row["status"] == "failed"]
+        failed.sort(key=lambda row: row["timestamp"])
         reasons = [f"after {row['timestamp']:.2f} s, {row['reason']}" for row in failed]
         reasons += [errors[key]] if key in errors else []
         missing = any(segment.segment_id not in done for segment in segments_of(source))

@@ -73,10 +73,8 @@ class DecodeSegment:
         rows: list[dict[str, Any]] = []
         failure = self._decode(segment, deadline, rows, "decord")
         if failure:  # once more, with the decoder that gives all that comes before it
-            again: list[dict[str, Any]] = []
-            with contextlib.suppress(worker.WorkerEnded):
-                failure = self._decode(segment, deadline, again, "av")
-                rows = again
+            rows = []
+            failure = self._decode(segment, deadline, rows, "av")
         if failure:
             after = rows[-1]["shot_end"] if rows else segment.start
             rows.append(failed_candidate(segment, after, failure))

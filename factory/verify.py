@@ -91,7 +91,8 @@ def _files(fragment: lance.LanceFragment) -> list[str]:
 def _whole_versions(store: Store, name: str, report: Report) -> list[lance.LanceDataset]:
     """Return the tagged versions and the newest one, last, whose manifests are as they were written."""
     digests, uri = store.digests(name), store.uri(name)
-    there, newest = digests.versions(), digests.newest_version()
+    newest = digests.newest_version()  # first: beside a writer, a version may come in between
+    there = digests.versions()
     if newest > max(there, default=0):
         problem = (
             "the newest manifest is gone: what it published is no longer seen. Restore it, or build again and compact"

@@ -444,6 +444,7 @@ def test_the_command_ends_a_finished_run_with_zero_and_a_locked_one_with_one(
     changes = [f"{name}={getattr(config, name)}" for name in names]
     changes += [
         f"data.text_drop_rate={config.data.text_drop_rate}",
+        f"data.random_flip={str(config.data.random_flip).lower()}",
         "gradient_accumulation_steps=2",
         "data.validation_samples=3",
         "max_train_steps=6",

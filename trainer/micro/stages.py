@@ -53,7 +53,8 @@ class Workshop:
 
     def __init__(self, folder: Path, *, threads: int = 1, trial: bool = False) -> None:
         """`trial`: a few pictures and steps, to see every stage run, in a folder of their own below."""
-        self.folder, self.threads, self._trial = folder / "trial" if trial else folder, threads, trial
+        self._output, self.threads, self._trial = folder, threads, trial
+        self.folder = folder / "trial" if trial else folder
 
     def recipe(self, stage: str) -> Recipe:
         """Return the stage's recipe, or its trial."""
@@ -82,9 +83,8 @@ class Workshop:
         """Return the finished model's folder; FileNotFoundError saying which stage to run first."""
         path = self.folder / stage / "model"
         if not self.is_done(stage):
-            raise FileNotFoundError(
-                f"{path} is not there. First: python -m trainer micro --output {self.folder} --stage {stage}"
-            )
+            command = f"python -m trainer micro --output {self._output} --stage {stage}"
+            raise FileNotFoundError(f"{path} is not there. First: {command}{' --trial' if self._trial else ''}")
         return path
 
     def facts(self, stage: str) -> dict[str, Any]:
