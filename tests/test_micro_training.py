@@ -221,7 +221,6 @@ def test_the_exam_takes_the_shipped_models_and_the_card_tells_it(
     assert all(f"### {name}" in told for name in ("base", "held-out", "framings", "adapter", "step"))
     assert "| chance | 0.125 |" in told
     assert "| colour, bust |" in card.card(shop, WEIGHTS / "judge/probe", "probe")
-    assert results["adapter"]["seed 1"]["steps"]["alignment"] >= 1
     results["base"]["judge"] = "another"
     (shop.folder / "exam/measures.json").write_text(json.dumps(results))
     assert "### base" not in card.card(shop, WEIGHTS / "micro", "micro")  # judged by another probe
