@@ -4,110 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
-import hashlib
 import io
-import json
-import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import pytest
 from PIL import Image
 
-from serving.api import create_api
 from serving.config import Limits, ServingConfig
 from serving.engine import MAX_SEED
-from serving.keys import allowed, load_keys
-from serving.pictures import BadPicture, read_picture, read_recipe, write_picture
-from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, Picture, Started
+from serving.pictures import read_recipe
+from tests.asking import (
+    EDITS,
+    GENERATIONS,
+    GOOD,
+    JSON,
+    FakeBackend,
+    ask,
+    b64,
+    check_error,
+    huge_header,
+    picture,
+)
 
-GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
-JSON = {"Content-Type": "application/json"}
-LIMITS = Limits(max_body_bytes=60_000, max_image_bytes=30_000, max_image_pixels=10_000, max_prompt_chars=500)
-CONFIG = ServingConfig(adapter="/a", limits=LIMITS, max_queued_requests=1, max_ongoing_requests=1, request_timeout_s=5)
-
-
-class FakeBackend:
-    """Answers with flat pictures; keeps the jobs it got. `hold` makes a job wait, `fail` makes it raise."""
-
-    def __init__(self) -> None:
-        self.jobs: list[Job] = []
-        self.hold: asyncio.Event | None = None
-        self.fail: Exception | None = None
-        self.down: str | None = None
-        self.closed = 0
-
-    async def facts(self) -> Facts:
-        return Facts(
-            model="animesketch", base="twin", base_weights_hash="ab", native_size=(64, 64), size_multiple=8,
-            random_weights=False,
-        )  # fmt: skip
-
-    async def trouble(self) -> str | None:
-        return self.down
-
-    async def generate(self, job: Job) -> AsyncGenerator[Event]:
-        self.jobs.append(job)
-        try:
-            if isinstance(self.fail, (Busy, ApiError)):
-                raise self.fail
-            yield Started(warnings=("told by the replica",))
-            if self.hold is not None:
-                await self.hold.wait()
-            if self.fail is not None:
-                raise self.fail
-            for partial in [*range(job.partial_images), None]:
-                for i in range(job.recipe.n):
-                    image = Image.new("RGB", job.recipe.size or (1, 1), (i, 0, 0))
-                    data = write_picture(
-                        image, job.output_format, job.output_compression, {"seed": job.recipe.seed + i}
-                    )
-                    yield Picture(data=data, seed=job.recipe.seed + i, partial=partial)
-        finally:
-            self.closed += 1
-
-
-@asynccontextmanager
-async def client(
-    backend: FakeBackend, config: ServingConfig = CONFIG, digests: frozenset[str] | None = None
-) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_api(config, backend, digests))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-        yield http
-
-
-def ask(method: str, path: str, *, backend: FakeBackend | None = None, **how: Any) -> httpx.Response:
-    """Return the answer to one request; `config` and `digests` are the app's, the rest is httpx's."""
-    app = {key: how.pop(key) for key in ("config", "digests") if key in how}
-
-    async def main() -> httpx.Response:
-        async with client(backend or FakeBackend(), **app) as http:
-            return await http.request(method, path, **how)
-
-    return asyncio.run(main())
-
-
-def picture(format: str = "PNG", size: tuple[int, int] = (20, 10), **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, "red").save(file, format, **options)
-    return file.getvalue()
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def huge_header() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels by its header, 100 bytes long."""
-    chunk = b"IHDR" + (60_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
-
-
-GOOD: dict[str, Any] = {"prompt": "a girl"}
 BAD_FIELDS = [
     # field, value, code
     ("prompt", 7, "invalid_value"),
@@ -175,18 +94,6 @@ BAD_FIELDS = [
 
 def _name(value: Any) -> str:
     return str(value)[:24]
-
-
-def check_error(response: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> dict:
-    """Assert status and OpenAI's error object, and return it."""
-    assert response.status_code == status, response.text[:300]
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["param"] == param, body
-    assert code is None or body["error"]["code"] == code, body
-    assert 5 < len(body["error"]["message"]) < 700
-    return body["error"]
 
 
 @pytest.mark.parametrize(("field", "value", "code"), BAD_FIELDS, ids=_name)
@@ -362,164 +269,6 @@ def test_an_edit_needs_its_sketch_as_a_file() -> None:
     check_error(ask("POST", EDITS, content=many, headers=boundary), 400)
 
 
-# answers that are streamed, late, or not to be had
-
-
-def events_of(text: str) -> list[tuple[str, dict]]:
-    parts = [part.split("\n") for part in text.strip().split("\n\n")]
-    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts]
-
-
-@pytest.mark.parametrize(("path", "kind"), [(GENERATIONS, "image_generation"), (EDITS, "image_edit")])
-def test_a_streamed_answer_has_openais_events(path: str, kind: str) -> None:
-    backend = FakeBackend()
-    if path == GENERATIONS:
-        body: dict = {"json": {**GOOD, "seed": 9, "n": 2, "stream": True, "partial_images": 2}}
-    else:
-        form = {"prompt": "a", "seed": "9", "n": "2", "stream": "true", "partial_images": "2"}
-        body = {"data": form, "files": {"image": ("a.png", picture())}}
-    response = ask("POST", path, backend=backend, **body)
-    assert response.headers["content-type"].startswith("text/event-stream")
-    events = events_of(response.text)
-    assert [name for name, _ in events] == [f"{kind}.partial_image"] * 4 + [f"{kind}.completed"] * 2
-    assert all(data["type"] == name for name, data in events)
-    assert [data.get("partial_image_index") for _, data in events] == [0, 0, 1, 1, None, None]
-    assert [data["seed"] for _, data in events] == [9, 10] * 3
-    assert all(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).size == (64, 64) for _, data in events)
-    assert backend.closed == 1
-
-
-def test_a_streamed_answer_that_fails_ends_with_an_error_event() -> None:
-    backend = FakeBackend()
-    backend.fail = RuntimeError("secret detail")
-    response = ask("POST", GENERATIONS, backend=backend, json={**GOOD, "stream": True})
-    assert response.status_code == 200
-    ((name, data),) = events_of(response.text)
-    assert name == "error"
-    assert data["error"]["type"] == "server_error"
-    assert "secret" not in response.text
-
-
-def test_a_failure_inside_says_where_to_look_and_not_what_it_was(caplog: pytest.LogCaptureFixture) -> None:
-    backend = FakeBackend()
-    backend.fail = RuntimeError("secret detail")
-    response = ask("POST", GENERATIONS, backend=backend, json=GOOD, headers={"X-Request-ID": "r-17"})
-    error = check_error(response, 500)
-    assert error["type"] == "server_error"
-    assert "r-17" in error["message"]
-    assert "secret" not in response.text
-    assert "secret detail" in caplog.text
-
-
-def test_a_full_queue_is_answered_429_at_once() -> None:
-    backend = FakeBackend()
-    backend.fail = Busy()
-    response = ask("POST", GENERATIONS, backend=backend, json=GOOD)
-    check_error(response, 429, None, "queue_full")
-    assert response.headers["retry-after"] == "5"
-
-
-def test_the_ingress_holds_no_more_requests_than_there_are_places() -> None:
-    async def main() -> tuple[list[int], int, str]:
-        backend = FakeBackend()
-        backend.hold = asyncio.Event()
-        async with client(backend) as http:  # one replica with one place, and one in the queue
-            waiting = [asyncio.create_task(http.post(GENERATIONS, json=GOOD)) for _ in range(2)]
-            while len(backend.jobs) < 2:
-                await asyncio.sleep(0)
-            refused = [(await http.post(GENERATIONS, json=GOOD)).status_code for _ in range(8)]
-            assert (await http.get("/health")).status_code == 200
-            backend.hold.set()
-            served = [(await task).status_code for task in waiting]
-            again = (await http.post(GENERATIONS, json=GOOD)).status_code
-            metrics = (await http.get("/metrics")).text
-        return [*served, again, *refused], len(backend.jobs), metrics
-
-    statuses, jobs, metrics = asyncio.run(main())
-    assert statuses == [200] * 3 + [429] * 8
-    assert jobs == 3
-    assert "animesketch_http_refused_total 8.0" in metrics
-    assert 'animesketch_http_responses_total{route="/v1/images/generations",status="200"} 3.0' in metrics
-    assert "animesketch_requests_in_progress 0.0" in metrics
-
-
-def test_a_request_that_takes_too_long_is_given_up() -> None:
-    for stream in (False, True):
-
-        async def main(stream: bool = stream) -> tuple[httpx.Response, int]:
-            backend = FakeBackend()
-            backend.hold = asyncio.Event()
-            config = ServingConfig(adapter="/a", request_timeout_s=0.1)
-            async with client(backend, config) as http:
-                response = await http.post(GENERATIONS, json={**GOOD, "stream": stream})
-            return response, backend.closed
-
-        response, closed = asyncio.run(main())
-        assert closed == 1
-        if stream:
-            ((name, data),) = events_of(response.text)
-            assert (name, data["error"]["code"]) == ("error", "timeout")
-        else:
-            check_error(response, 503, None, "timeout")
-
-
-def test_a_cancelled_request_closes_its_job_and_gives_its_place_back() -> None:
-    async def main() -> None:
-        backend = FakeBackend()
-        backend.hold = asyncio.Event()
-        async with client(backend) as http:
-            for stream in (False, True, False, True):
-                task = asyncio.create_task(http.post(GENERATIONS, json={**GOOD, "stream": stream}))
-                seen = len(backend.jobs)
-                while len(backend.jobs) == seen:
-                    await asyncio.sleep(0)
-                await asyncio.sleep(0.01)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-            assert backend.closed == 4
-            backend.hold.set()
-            assert (await http.post(GENERATIONS, json=GOOD)).status_code == 200
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("stuck", ["http.response.start", "http.response.body"])
-@pytest.mark.parametrize("version", ["2.0", "2.4"])  # of ASGI: the stream runs in a task group, or in none
-def test_a_client_that_reads_nothing_loses_its_place(version: str, stuck: str) -> None:
-    limits = Limits(send_timeout_s=0.05)
-    config = ServingConfig(adapter="/a", limits=limits, max_queued_requests=1, max_ongoing_requests=1)
-
-    async def main() -> tuple[FakeBackend, list[str], int, str]:
-        backend, forever, sent = FakeBackend(), asyncio.Event(), []
-        api = create_api(config, backend, None)
-        requests = [{"type": "http.request", "body": json.dumps({**GOOD, "stream": True}).encode()}]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": version}, "method": "POST", "path": GENERATIONS,
-            "query_string": b"", "headers": [(b"content-type", b"application/json")],
-        }  # fmt: skip
-
-        async def receive() -> Any:
-            if not requests:
-                await forever.wait()  # the client stays
-            return requests.pop()
-
-        async def send(message: Any) -> None:
-            sent.append(message["type"])
-            if message["type"] == stuck:
-                await forever.wait()
-
-        await asyncio.wait_for(api(scope, receive, send), 5)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
-            after = (await http.post(GENERATIONS, json=GOOD)).status_code
-            return backend, sent, after, (await http.get("/metrics")).text
-
-    backend, sent, after, metrics = asyncio.run(main())
-    assert sent == ["http.response.start", "http.response.body"][: 1 + (stuck == "http.response.body")]
-    assert (after, backend.closed) == (200, 2)
-    assert "animesketch_requests_in_progress 0.0" in metrics
-
-
 def test_health_says_when_no_replica_runs() -> None:
     backend = FakeBackend()
     assert ask("GET", "/health", backend=backend).json() == {"status": "ok"}
@@ -540,83 +289,3 @@ def test_models_docs_and_the_schema_are_there() -> None:
     form = schema["paths"][EDITS]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["properties"]["image"]["format"] == "binary"
     assert "image" in form["required"]
-
-
-# keys
-
-
-def test_with_keys_every_route_but_health_needs_one() -> None:
-    digests = frozenset({hashlib.sha256(b"right").hexdigest()})
-    wrong = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}, {"Authorization": "right"},
-             {"Authorization": "Bearer "}, {"Authorization": f"Bearer {next(iter(digests))}"},
-             {"Authorization": b"Bearer \xff\xfe"}]  # fmt: skip
-    routes = [("POST", GENERATIONS), ("POST", EDITS), ("GET", "/v1/models"), ("GET", "/docs"), ("GET", "/openapi.json"),
-              ("GET", "/metrics"), ("GET", "/nowhere")]  # fmt: skip
-    for headers in wrong:
-        for method, path in routes:
-            check_error(ask(method, path, digests=digests, headers=headers), 401, None, "invalid_api_key")
-    assert ask("GET", "/health", digests=digests).status_code == 200
-    right = {"Authorization": "Bearer right"}
-    assert ask("POST", GENERATIONS, digests=digests, headers=right, json=GOOD).status_code == 200
-    # no key, no look at the body: the length is not even compared
-    large = ask("POST", GENERATIONS, digests=digests, content=b"x" * 70_000, headers=JSON)
-    assert large.status_code == 401
-
-
-def test_a_key_file_holds_digests_only(tmp_path: Any) -> None:
-    file = tmp_path / "keys"
-    digest = hashlib.sha256(b"k").hexdigest()
-    file.write_text(f"# ours\n\n{digest}  -\n{digest.upper()} again\n")
-    assert load_keys(str(file)) == {digest}
-    assert allowed("bearer k", load_keys(str(file)))
-    assert not allowed("Bearer K", load_keys(str(file)))
-    file.write_text("plain-secret-key\n")
-    with pytest.raises(ValueError, match="line 1: not a sha256") as error:
-        load_keys(str(file))
-    assert "plain-secret-key" not in str(error.value)
-    file.write_text("# nothing\n")
-    with pytest.raises(ValueError, match="holds no key"):
-        load_keys(str(file))
-    with pytest.raises(FileNotFoundError, match="No key file"):
-        load_keys(str(tmp_path / "absent"))
-
-
-# pictures
-
-
-def test_transparency_lies_on_white_and_exif_turns_the_picture() -> None:
-    file = io.BytesIO()
-    Image.new("RGBA", (4, 2), (255, 0, 0, 0)).save(file, "PNG")
-    assert read_picture(file.getvalue(), 100).getpixel((0, 0)) == (255, 255, 255)
-    file = io.BytesIO()
-    Image.new("P", (2, 2)).save(file, "PNG", transparency=0)
-    assert read_picture(file.getvalue(), 100).getpixel((0, 0)) == (255, 255, 255)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert read_picture(picture("JPEG", exif=exif), 1000).size == (10, 20)
-    file = io.BytesIO()
-    Image.new("I;16", (2, 2), 32768).save(file, "PNG")
-    assert read_picture(file.getvalue(), 100).getpixel((0, 0)) == (128, 128, 128)
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_damaged_files_are_refused_or_read_and_never_crash(format: str) -> None:
-    data = picture(format, (64, 64))
-    read = 0
-    for position in range(0, len(data), max(1, len(data) // 60)):
-        for broken in (data[:position], data[:position] + b"\xff\x00" + data[position + 2 :]):
-            with contextlib.suppress(BadPicture):  # and nothing else
-                assert read_picture(broken, 10_000).mode == "RGB"
-                read += 1
-    assert read < 120
-
-
-@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_a_written_picture_holds_its_recipe_and_is_the_same_each_time(format: str) -> None:
-    image, recipe = Image.effect_noise((16, 16), 50).convert("RGB"), {"prompt": "鉛筆\n✏️", "seed": 2**62}
-    first, second = (write_picture(image, format, 100, recipe) for _ in range(2))
-    assert first == second
-    back = Image.open(io.BytesIO(first))
-    assert read_recipe(back) == recipe
-    if format != "jpeg":
-        assert back.convert("RGB").tobytes() == image.tobytes()

@@ -1,0 +1,116 @@
+"""Requests to the HTTP interface over a backend without models, and the errors it answers with."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from serving.api import create_api
+from serving.config import Limits, ServingConfig
+from serving.pictures import write_picture
+from serving.protocol import ApiError, Busy
+from serving.worker import Event, Facts, Job, Picture, Started
+
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+JSON = {"Content-Type": "application/json"}
+LIMITS = Limits(max_body_bytes=60_000, max_image_bytes=30_000, max_image_pixels=10_000, max_prompt_chars=500)
+CONFIG = ServingConfig(adapter="/a", limits=LIMITS, max_queued_requests=1, max_ongoing_requests=1, request_timeout_s=5)
+
+
+class FakeBackend:
+    """Answers with flat pictures; keeps the jobs it got. `hold` makes a job wait, `fail` makes it raise."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.hold: asyncio.Event | None = None
+        self.fail: Exception | None = None
+        self.down: str | None = None
+        self.closed = 0
+
+    async def facts(self) -> Facts:
+        return Facts(
+            model="animesketch", base="twin", base_weights_hash="ab", native_size=(64, 64), size_multiple=8,
+            random_weights=False,
+        )  # fmt: skip
+
+    async def trouble(self) -> str | None:
+        return self.down
+
+    async def generate(self, job: Job) -> AsyncGenerator[Event]:
+        self.jobs.append(job)
+        try:
+            if isinstance(self.fail, (Busy, ApiError)):
+                raise self.fail
+            yield Started(warnings=("told by the replica",))
+            if self.hold is not None:
+                await self.hold.wait()
+            if self.fail is not None:
+                raise self.fail
+            for partial in [*range(job.partial_images), None]:
+                for i in range(job.recipe.n):
+                    image = Image.new("RGB", job.recipe.size or (1, 1), (i, 0, 0))
+                    data = write_picture(
+                        image, job.output_format, job.output_compression, {"seed": job.recipe.seed + i}
+                    )
+                    yield Picture(data=data, seed=job.recipe.seed + i, partial=partial)
+        finally:
+            self.closed += 1
+
+
+@asynccontextmanager
+async def client(
+    backend: FakeBackend, config: ServingConfig = CONFIG, digests: frozenset[str] | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_api(config, backend, digests))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http
+
+
+def ask(method: str, path: str, *, backend: FakeBackend | None = None, **how: Any) -> httpx.Response:
+    """Return the answer to one request; `config` and `digests` are the app's, the rest is httpx's."""
+    app = {key: how.pop(key) for key in ("config", "digests") if key in how}
+
+    async def main() -> httpx.Response:
+        async with client(backend or FakeBackend(), **app) as http:
+            return await http.request(method, path, **how)
+
+    return asyncio.run(main())
+
+
+def picture(format: str = "PNG", size: tuple[int, int] = (20, 10), **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, format, **options)
+    return file.getvalue()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def huge_header() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels by its header, 100 bytes long."""
+    chunk = b"IHDR" + (60_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+
+
+GOOD: dict[str, Any] = {"prompt": "a girl"}
+
+
+def check_error(response: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> dict:
+    """Assert status and OpenAI's error object, and return it."""
+    assert response.status_code == status, response.text[:300]
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param, body
+    assert code is None or body["error"]["code"] == code, body
+    assert 5 < len(body["error"]["message"]) < 700
+    return body["error"]

@@ -1,0 +1,182 @@
+"""Answers that are streamed, late, or not to be had, over a backend without models."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from serving.api import create_api
+from serving.config import Limits, ServingConfig
+from serving.protocol import Busy
+from tests.asking import (
+    EDITS,
+    GENERATIONS,
+    GOOD,
+    FakeBackend,
+    ask,
+    check_error,
+    client,
+    picture,
+)
+
+
+def events_of(text: str) -> list[tuple[str, dict]]:
+    parts = [part.split("\n") for part in text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts]
+
+
+@pytest.mark.parametrize(("path", "kind"), [(GENERATIONS, "image_generation"), (EDITS, "image_edit")])
+def test_a_streamed_answer_has_openais_events(path: str, kind: str) -> None:
+    backend = FakeBackend()
+    if path == GENERATIONS:
+        body: dict = {"json": {**GOOD, "seed": 9, "n": 2, "stream": True, "partial_images": 2}}
+    else:
+        form = {"prompt": "a", "seed": "9", "n": "2", "stream": "true", "partial_images": "2"}
+        body = {"data": form, "files": {"image": ("a.png", picture())}}
+    response = ask("POST", path, backend=backend, **body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response.text)
+    assert [name for name, _ in events] == [f"{kind}.partial_image"] * 4 + [f"{kind}.completed"] * 2
+    assert all(data["type"] == name for name, data in events)
+    assert [data.get("partial_image_index") for _, data in events] == [0, 0, 1, 1, None, None]
+    assert [data["seed"] for _, data in events] == [9, 10] * 3
+    assert all(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).size == (64, 64) for _, data in events)
+    assert backend.closed == 1
+
+
+def test_a_streamed_answer_that_fails_ends_with_an_error_event() -> None:
+    backend = FakeBackend()
+    backend.fail = RuntimeError("secret detail")
+    response = ask("POST", GENERATIONS, backend=backend, json={**GOOD, "stream": True})
+    assert response.status_code == 200
+    ((name, data),) = events_of(response.text)
+    assert name == "error"
+    assert data["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+def test_a_failure_inside_says_where_to_look_and_not_what_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    backend = FakeBackend()
+    backend.fail = RuntimeError("secret detail")
+    response = ask("POST", GENERATIONS, backend=backend, json=GOOD, headers={"X-Request-ID": "r-17"})
+    error = check_error(response, 500)
+    assert error["type"] == "server_error"
+    assert "r-17" in error["message"]
+    assert "secret" not in response.text
+    assert "secret detail" in caplog.text
+
+
+def test_a_full_queue_is_answered_429_at_once() -> None:
+    backend = FakeBackend()
+    backend.fail = Busy()
+    response = ask("POST", GENERATIONS, backend=backend, json=GOOD)
+    check_error(response, 429, None, "queue_full")
+    assert response.headers["retry-after"] == "5"
+
+
+def test_the_ingress_holds_no_more_requests_than_there_are_places() -> None:
+    async def main() -> tuple[list[int], int, str]:
+        backend = FakeBackend()
+        backend.hold = asyncio.Event()
+        async with client(backend) as http:  # one replica with one place, and one in the queue
+            waiting = [asyncio.create_task(http.post(GENERATIONS, json=GOOD)) for _ in range(2)]
+            while len(backend.jobs) < 2:
+                await asyncio.sleep(0)
+            refused = [(await http.post(GENERATIONS, json=GOOD)).status_code for _ in range(8)]
+            assert (await http.get("/health")).status_code == 200
+            backend.hold.set()
+            served = [(await task).status_code for task in waiting]
+            again = (await http.post(GENERATIONS, json=GOOD)).status_code
+            metrics = (await http.get("/metrics")).text
+        return [*served, again, *refused], len(backend.jobs), metrics
+
+    statuses, jobs, metrics = asyncio.run(main())
+    assert statuses == [200] * 3 + [429] * 8
+    assert jobs == 3
+    assert "animesketch_http_refused_total 8.0" in metrics
+    assert 'animesketch_http_responses_total{route="/v1/images/generations",status="200"} 3.0' in metrics
+    assert "animesketch_requests_in_progress 0.0" in metrics
+
+
+def test_a_request_that_takes_too_long_is_given_up() -> None:
+    for stream in (False, True):
+
+        async def main(stream: bool = stream) -> tuple[httpx.Response, int]:
+            backend = FakeBackend()
+            backend.hold = asyncio.Event()
+            config = ServingConfig(adapter="/a", request_timeout_s=0.1)
+            async with client(backend, config) as http:
+                response = await http.post(GENERATIONS, json={**GOOD, "stream": stream})
+            return response, backend.closed
+
+        response, closed = asyncio.run(main())
+        assert closed == 1
+        if stream:
+            ((name, data),) = events_of(response.text)
+            assert (name, data["error"]["code"]) == ("error", "timeout")
+        else:
+            check_error(response, 503, None, "timeout")
+
+
+def test_a_cancelled_request_closes_its_job_and_gives_its_place_back() -> None:
+    async def main() -> None:
+        backend = FakeBackend()
+        backend.hold = asyncio.Event()
+        async with client(backend) as http:
+            for stream in (False, True, False, True):
+                task = asyncio.create_task(http.post(GENERATIONS, json={**GOOD, "stream": stream}))
+                seen = len(backend.jobs)
+                while len(backend.jobs) == seen:
+                    await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert backend.closed == 4
+            backend.hold.set()
+            assert (await http.post(GENERATIONS, json=GOOD)).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stuck", ["http.response.start", "http.response.body"])
+@pytest.mark.parametrize("version", ["2.0", "2.4"])  # of ASGI: the stream runs in a task group, or in none
+def test_a_client_that_reads_nothing_loses_its_place(version: str, stuck: str) -> None:
+    limits = Limits(send_timeout_s=0.05)
+    config = ServingConfig(adapter="/a", limits=limits, max_queued_requests=1, max_ongoing_requests=1)
+
+    async def main() -> tuple[FakeBackend, list[str], int, str]:
+        backend, forever, sent = FakeBackend(), asyncio.Event(), []
+        api = create_api(config, backend, None)
+        requests = [{"type": "http.request", "body": json.dumps({**GOOD, "stream": True}).encode()}]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": version}, "method": "POST", "path": GENERATIONS,
+            "query_string": b"", "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+
+        async def receive() -> Any:
+            if not requests:
+                await forever.wait()  # the client stays
+            return requests.pop()
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if message["type"] == stuck:
+                await forever.wait()
+
+        await asyncio.wait_for(api(scope, receive, send), 5)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
+            after = (await http.post(GENERATIONS, json=GOOD)).status_code
+            return backend, sent, after, (await http.get("/metrics")).text
+
+    backend, sent, after, metrics = asyncio.run(main())
+    assert sent == ["http.response.start", "http.response.body"][: 1 + (stuck == "http.response.body")]
+    assert (after, backend.closed) == (200, 2)
+    assert "animesketch_requests_in_progress 0.0" in metrics
