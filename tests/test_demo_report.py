@@ -1,13 +1,16 @@
 """The demo's report: the dataset's page with training, pictures and commands."""
 
 import json
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import report
+from cluster.pictures import JUDGED
 from factory.report import funnel, sample_rows
 from factory.store import Store
 
@@ -27,7 +30,7 @@ def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
     rows.append({"step": 40, "validation_loss": 0.0625})
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = []
-    for i, request in enumerate(requests_for(small_dataset)):
+    for i, request in enumerate(requests_for(small_dataset, ["toon-01.mp4"])):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
         index.append({"file": f"{i}.png", **vars(request), "prompt": request.prompt + "<script>alert(1)</script>"})
     (tmp_path / "images/index.json").write_text(json.dumps(index))
@@ -48,6 +51,8 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
         assert row["caption"] in page
         assert f"{row['source']} at {row['timestamp']:.2f} s" in page
     assert "adapter: keywords, sketch" in page
+    near = sum(item["shows"] == JUDGED for item in json.loads((finished_demo / "images/index.json").read_text()))
+    assert re.search(rf"hair style; by chance \d+</dt><dd>\d+ of {near}<", page)
     assert "0.0625" in page
     assert "alignment step<" in page
     assert f"<dd>{sum(0.9 / i for i in range(21, 31)) / 10:.3f}</dd>" in page
@@ -62,3 +67,32 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert len(page) < 6 * 10**6
+
+
+def test_the_edit_lists_judge_captions_and_pictures(small_dataset: Path, tmp_path: Path) -> None:
+    import cv2
+
+    from cluster import truth
+    from factory import toon
+
+    store = Store(str(small_dataset))
+    drawn = truth.scenes(store)
+    samples = store.table("samples").to_table(columns=["frame_id"], filter="selected").to_pylist()
+    assert set(drawn) == {row["frame_id"] for row in samples}
+    told = truth.captions(store, drawn)
+    assert sum(count for _, _, count in told) == len(drawn)
+    assert told[0][1] > told[0][2] / 2  # most captions of one figure are right
+    assert truth.captions(store, {key: toon.Scene(lighting="dark") for key in drawn})[0][1] == 0
+
+    scenes = {
+        str(i): toon.random_scene(random.Random(i), figures=(toon.random_figure(random.Random(i)),)) for i in range(8)
+    }
+    scenes = {key: replace(scene, camera="bust", lighting="day") for key, scene in scenes.items()}
+    files = {key: tmp_path / f"{key}.png" for key in scenes}
+    for key, scene in scenes.items():
+        cv2.imwrite(str(files[key]), toon.draw(scene, (128, 128)).lines)
+    for _, right, count, chance in truth.pictures(files, scenes):
+        assert (count, chance) == (8, 0.2)
+        assert right >= 6
+    others = dict(zip(files, list(files.values())[1:] + list(files.values())[:1], strict=True))
+    assert sum(right for _, right, _, _ in truth.pictures(others, scenes)) < 16

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from factory import toon
-from factory.caption import Captioner
+from factory.caption import MAX_TOKENS, Captioner
 from factory.models import WEIGHTS as FACTORY
 from factory.models import find_model, model_id
 from factory.sketch.engine import SketchConfig, new_converter, run_tiles, sketch
@@ -133,7 +133,8 @@ def test_stock_transformers_reads_the_captioner_and_the_judges() -> None:
     captioner = BlipForConditionalGeneration.from_pretrained(FACTORY / "captioner", local_files_only=True)
     processor = BlipProcessor.from_pretrained(FACTORY / "captioner", local_files_only=True)
     inputs = processor(images=picture, return_tensors="pt")
-    assert processor.decode(captioner.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
+    assert processor.decode(captioner.generate(**inputs)[0], skip_special_tokens=True)
+    assert captioner.generation_config.max_new_tokens == MAX_TOKENS
     pair = CLIPModel.from_pretrained(TRAINER / "judge/clip", local_files_only=True)
     inputs = CLIPProcessor.from_pretrained(TRAINER / "judge/clip", local_files_only=True)(
         text=["a girl", "two girls"], images=picture, return_tensors="pt", padding=True
@@ -145,6 +146,18 @@ def test_stock_transformers_reads_the_captioner_and_the_judges() -> None:
     )
     assert matcher(**inputs).itm_score.shape == (1, 2)
     assert {model.dtype for model in (captioner, pair, matcher)} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "card", sorted(c for root in (FACTORY, TRAINER) for c in root.rglob("README.md")), ids=lambda card: card.parent.name
+)
+def test_what_a_card_says_of_use_runs(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (96, 64), "white").save(tmp_path / "frame.png")
+    for folder in ("factory", "trainer"):
+        (tmp_path / folder).symlink_to(Path(__file__).parents[1] / folder)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.+?)```", card.read_text(), re.DOTALL)
+    exec(code, {})
 
 
 # What it can do

@@ -231,6 +231,17 @@ def test_an_unknown_or_early_stage_is_told_what_to_do(tmp_path: Path, capsys: py
     assert "No stage 'vea'" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="--stage tokenizer"):
         stages.Workshop(tmp_path).tokenizer()
+    (tmp_path / "file").write_text("")
+    assert main(["micro", "--output", str(tmp_path / "file"), "--stage", "probe"]) == 1
+    assert f"Not a directory: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_the_help_names_every_stage_and_measure(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["micro", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(stages.STAGES) in told
+    assert ", ".join(exam.SECTIONS) in told
 
 
 def test_a_corpus_or_state_made_otherwise_is_refused(

@@ -40,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"trainer {args.verb}: {error}", file=sys.stderr)
         return UNFINISHED if isinstance(error, RunBusy) else USAGE
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"trainer {args.verb}: {error.strerror or error}{where}. Run the same command to go on.", file=sys.stderr)
+        return UNFINISHED
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -110,6 +114,11 @@ def micro(args: argparse.Namespace) -> int:
     return DONE
 
 
+# Named here too, for --help: the modules that know them take seconds to import.
+_STAGES = "tokenizer, clip, vae, unet, judge-clip, captioner, matcher, sketch, probe"
+_MEASURES = "vae, clip, matcher, captioner, sketch, base, held-out, framings, probe, step, adapter"
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m trainer", description=__doc__, epilog=EXAMPLES, formatter_class=style)
@@ -147,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--output", metavar="DIR", required=True, help="where corpora, curves and models go (4 GB)")
     what = verb.add_mutually_exclusive_group()
-    what.add_argument("--stage", metavar="NAME", action="append", help="only this stage; may be given again")
+    what.add_argument(
+        "--stage", metavar="NAME", action="append", help=f"only this stage; may be given again: {_STAGES}"
+    )
     what.add_argument(
         "--install",
         action="store_true",
@@ -157,8 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--measure",
         metavar="NAME",
         nargs="*",
-        help="measure the shipped models: all, or some of vae, clip, matcher, captioner, sketch, base, held-out, "
-        "framings, step, adapter",
+        help=f"measure the shipped models: all, or some of {_MEASURES}",
     )
     verb.add_argument(
         "--threads",

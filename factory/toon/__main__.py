@@ -26,6 +26,8 @@ def main() -> None:
         _write(arguments, (width, height))
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error.strerror or error}: {error.filename or arguments.output}\n")
 
 
 def _write(arguments: argparse.Namespace, size: tuple[int, int]) -> None:

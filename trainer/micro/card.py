@@ -23,6 +23,7 @@ class Card:
     stages: tuple[str, ...]
     sections: tuple[str, ...]  # of the exam
     what: str
+    use: str  # Python, in a checkout
 
 
 CARDS = {
@@ -31,6 +32,14 @@ CARDS = {
         ("captioner",),
         ("captioner",),
         "A BLIP captioner (`BlipForConditionalGeneration`): a picture, squeezed to 128 x 128, to a sentence.",
+        """\
+from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+folder = "factory/weights/captioner"
+processor, blip = BlipProcessor.from_pretrained(folder), BlipForConditionalGeneration.from_pretrained(folder)
+ids = blip.generate(**processor(images=Image.open("frame.png").convert("RGB"), return_tensors="pt"))
+print(processor.decode(ids[0], skip_special_tokens=True))""",
     ),
     "sketch": Card(
         "sketch network",
@@ -38,6 +47,13 @@ CARDS = {
         ("sketch",),
         "A U-Net generator of the pix2pix and Anime2Sketch kind (`factory/sketch/generator.py`): RGB to black lines on "
         "white, at any size, tile by tile.",
+        """\
+import numpy as np
+from PIL import Image
+from factory.sketch.engine import SketchConfig, sketch
+
+frame = np.asarray(Image.open("frame.png").convert("RGB"))
+Image.fromarray(sketch(frame, SketchConfig(converter="micro"))).save("lines.png")""",
     ),
     "micro": Card(
         "base",
@@ -45,12 +61,23 @@ CARDS = {
         ("vae", "base", "held-out", "framings", "adapter", "step"),
         "A Stable Diffusion v1.5 family, narrow: text encoder, image encoder, VAE (64 x 64 px to 16 x 16 x 8) and "
         "UNet with v1.5's levels, block types and layers; DDIM with v1.5's schedule, guidance scale 3.5.",
+        """\
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("trainer/weights/micro")
+prompt = "a smiling girl with long red hair and green eyes, wearing a kimono, on a beach, bust shot"
+pipeline(prompt, guidance_scale=3.5).images[0].save("picture.png")""",
     ),
     "clip": Card(
         "judging CLIP pair",
         ("judge-clip",),
         ("clip",),
         "A CLIP pair that only judges: no model is trained with it. It has learned from the same drawings as the base.",
+        """\
+from transformers import CLIPModel, CLIPProcessor
+
+pair = CLIPModel.from_pretrained("trainer/weights/judge/clip")
+processor = CLIPProcessor.from_pretrained("trainer/weights/judge/clip")""",
     ),
     "matcher": Card(
         "judging matcher",
@@ -58,6 +85,14 @@ CARDS = {
         ("matcher",),
         "A BLIP matcher of pictures and texts (`BlipForImageTextRetrieval`) that only judges. It has learned from the "
         "same drawings as the base.",
+        """\
+from PIL import Image
+from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+folder = "trainer/weights/judge/matcher"
+processor, blip = BlipProcessor.from_pretrained(folder), BlipForImageTextRetrieval.from_pretrained(folder)
+inputs = processor(images=Image.open("frame.png").convert("RGB"), text="a girl with red hair", return_tensors="pt")
+print(blip(**inputs).itm_score.softmax(-1)[0, 1])  # how probable it is that they belong together""",
     ),
     "probe": Card(
         "attribute probe",
@@ -65,6 +100,11 @@ CARDS = {
         ("probe",),
         "A small convolutional classifier of what is drawn (`trainer/micro/probe.py`). It judges, and is used in no "
         "training. Its own material has other line widths, zooms, tilts and poses than the corpus.",
+        """\
+from pathlib import Path
+from trainer.micro.probe import Probe
+
+probe = Probe.from_pretrained(Path("trainer/weights/judge/probe"))  # `trainer.micro.probe.judge` asks it""",
     ),
 }
 
@@ -79,7 +119,7 @@ def card(shop: Workshop, folder: Path, name: str) -> str:
         "---",
         f"# AnimeSketch micro: {about.title}",
     ]
-    lines += ["", about.what, "", "## Data", ""]
+    lines += ["", about.what, "", "## Use", "", "```python", about.use, "```", "", "## Data", ""]
     if name == "probe":
         drawn = f"{probe.COUNT:,} pictures of its own, one figure each, any combination of attributes"
     elif name == "sketch":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -207,23 +207,36 @@ def _auc(high: Tensor, low: Tensor) -> float:
 
 
 def captioner(captioner: Captioner, corpus: Corpus) -> dict[str, Any]:
-    """Return per framing, and of all, the share of pictures of one figure whose caption names each attribute rightly;
-    the number of empty captions, those of two figures among them."""
+    """Return the share of figures of which the caption names each attribute rightly: per framing of one figure, of all
+    those, and of two figures; and the number of empty captions."""
     said = [captioner(image) for image in corpus.images]
-    single = [i for i, scene in enumerate(corpus.scenes) if len(scene.figures) == 1]
+    groups = np.array([scene.camera if len(scene.figures) == 1 else "two figures" for scene in corpus.scenes])
     found: dict[str, Any] = {}
-    for camera in (*VALUES["camera"], "all"):
-        chosen = [i for i in single if camera in (corpus.scenes[i].camera, "all")]
-        hits: dict[str, list[bool]] = {name: [] for name in VALUES}
+    for group in (*VALUES["camera"], "all", "two figures"):
+        chosen = np.flatnonzero(groups != "two figures" if group == "all" else groups == group)
+        hits: dict[str, list[bool]] = {}
         for i in chosen:
-            scene, names = corpus.scenes[i], named(said[i])
-            for name in VALUES:
-                if not (name == "clothes" and scene.camera == "close-up"):
-                    hits[name].append(names.get(name) == value_of(scene, name))
-        found[camera] = {"pictures": len(chosen)} | {
-            name: round(float(np.mean(right)), 4) for name, right in hits.items() if right
-        }
+            for name, right in rights(corpus.scenes[i], said[i]):
+                hits.setdefault(name, []).append(right)
+        if hits:
+            shares = {name: round(float(np.mean(hits[name])), 4) for name in VALUES if name in hits}
+            found[group] = {"pictures": len(chosen)} | shares
     return found | {"captions": len(said), "empty": sum(not caption for caption in said)}
+
+
+def rights(scene: Scene, caption: str) -> Iterator[tuple[str, bool]]:
+    """Yield for each figure every attribute that is to be seen, and whether the caption names it rightly.
+
+    Of two figures the left one comes first; nothing of either is named rightly where the caption tells of one.
+    """
+    parts = caption.split(" beside ")
+    about = named(caption)
+    for figure in range(len(scene.figures)):
+        told = named(parts[figure]) if len(parts) == len(scene.figures) else {}
+        for name in VALUES:
+            if not (name == "clothes" and scene.camera == "close-up"):
+                words = about if hasattr(scene, name) else told
+                yield name, words.get(name) == value_of(scene, name, figure)
 
 
 def sketch_scores(
