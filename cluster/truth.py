@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from factory.store import Store
 from factory.toon import Figure, Scene
 from factory.toon.video import truth_path
 from trainer.base import WEIGHTS
-from trainer.micro.measure import CHANCE, SHOWN_BY_LINES, rights
-from trainer.micro.probe import Probe, judge
+from trainer.micro.attributes import SHOWN_BY_LINES, VALUES, rights
 
 
 def scenes(store: Store) -> dict[str, Scene]:
@@ -55,12 +53,16 @@ def pictures(files: dict[str, Path], drawn: dict[str, Scene]) -> list[tuple[str,
 
     Per attribute that lines show: its name, the number of such pictures, that of all of them, and the chance of one.
     """
+    import torch  # here: it takes seconds to import
+
+    from trainer.micro.probe import Probe, judge
+
     keys = [key for key in files if key in drawn]
     if not keys:
         return []
     pixels = torch.from_numpy(np.stack([_pixels(files[key]) for key in keys])).permute(0, 3, 1, 2) / 127.5 - 1
     hits = judge(Probe.from_pretrained(WEIGHTS / "judge/probe"), pixels, [drawn[key] for key in keys])
-    return [(name, int(hits[name].sum()), len(keys), CHANCE[name]) for name in SHOWN_BY_LINES]
+    return [(name, int(hits[name].sum()), len(keys), 1 / len(VALUES[name])) for name in SHOWN_BY_LINES]
 
 
 def _pixels(file: Path) -> np.ndarray:

@@ -35,7 +35,7 @@ from trainer.backbone import Backbone, load_backbone
 from trainer.base import GUIDANCE, MICRO, find_base
 from trainer.base import WEIGHTS as TRAINER
 from trainer.micro import clip, lines, measure
-from trainer.micro.attributes import JUDGED
+from trainer.micro.attributes import JUDGED, SHOWN_BY_LINES
 from trainer.micro.corpus import Corpus, random_scene
 from trainer.micro.pictures import Pictures
 from trainer.micro.probe import Probe, judge
@@ -165,7 +165,7 @@ def test_what_a_card_says_of_use_runs(card: Path, tmp_path: Path, monkeypatch: p
 
 def test_the_probe_sees_what_is_drawn_and_can_say_no(probe: Probe, corpus: Corpus) -> None:
     pictures = Pictures(corpus)
-    for is_line, names in ((False, JUDGED), (True, measure.SHOWN_BY_LINES)):
+    for is_line, names in ((False, JUDGED), (True, SHOWN_BY_LINES)):
         pixels = pictures.first(len(corpus), lines=is_line)
         right = measure.shares(judge(probe, pixels, corpus.scenes), names)
         assert min(right[name] for name in names) >= 0.95, right

@@ -15,8 +15,8 @@ from trainer.adapter import Adapter, AdapterConfig
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import Backbone, ddim
 from trainer.loss import add_noise, noise_loss
-from trainer.micro.attributes import JUDGED
-from trainer.micro.measure import PART, SHOWN_BY_LINES, judged, shares
+from trainer.micro.attributes import JUDGED, SHOWN_BY_LINES
+from trainer.micro.measure import PART, judged, shares
 from trainer.micro.pictures import Pictures
 from trainer.micro.probe import Probe, judge
 from trainer.micro.sheet import as_images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from factory.toon import traits
 from factory.toon.traits import Scene
@@ -19,6 +20,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "lighting": traits.LIGHTINGS,
 }
 COLOURS = ("hair", "eyes", "background", "lighting")  # what line art does not show, or hardly
+SHOWN_BY_LINES = ("hair_style", "expression", "accessory")
 JUDGED = ("hair", "hair_style", "eyes", "expression", "accessory", "background")  # the others are reported
 
 
@@ -53,6 +55,21 @@ def named(caption: str) -> dict[str, str]:
     silent = {"accessory": {"none"}, "lighting": {"day"}}
     values = {name: said or silent.get(name, set()) for name, said in found.items()}
     return {name: said.pop() for name, said in values.items() if len(said) == 1}
+
+
+def rights(scene: Scene, caption: str) -> Iterator[tuple[str, bool]]:
+    """Yield for each figure every attribute that is to be seen, and whether the caption names it rightly.
+
+    Of two figures the left one comes first; nothing of either is named rightly where the caption tells of one.
+    """
+    parts = caption.split(" beside ")
+    about = named(caption)
+    for figure in range(len(scene.figures)):
+        told = named(parts[figure]) if len(parts) == len(scene.figures) else {}
+        for name in VALUES:
+            if not (name == "clothes" and scene.camera == "close-up"):
+                words = about if hasattr(scene, name) else told
+                yield name, words.get(name) == value_of(scene, name, figure)
 
 
 def _says(text: str, words: str) -> bool:

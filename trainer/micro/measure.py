@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -17,7 +17,7 @@ from torch import Tensor
 from factory.caption import Captioner
 from factory.toon.traits import Scene
 from trainer.micro import blip
-from trainer.micro.attributes import JUDGED, VALUES, named, value_of
+from trainer.micro.attributes import JUDGED, SHOWN_BY_LINES, VALUES, rights, value_of
 from trainer.micro.clip import normalised
 from trainer.micro.corpus import Corpus, random_scene
 from trainer.micro.falsehoods import changed
@@ -31,7 +31,6 @@ REPORTED = (*JUDGED, "clothes")
 CHANCE = {name: round(1 / len(VALUES[name]), 4) for name in REPORTED} | {
     "all": float(f"{1 / math.prod(len(VALUES[name]) for name in JUDGED):.1e}")
 }
-SHOWN_BY_LINES = ("hair_style", "expression", "accessory")
 PART = 50  # pictures sampled at once
 
 
@@ -222,21 +221,6 @@ def captioner(captioner: Captioner, corpus: Corpus) -> dict[str, Any]:
             shares = {name: round(float(np.mean(hits[name])), 4) for name in VALUES if name in hits}
             found[group] = {"pictures": len(chosen)} | shares
     return found | {"captions": len(said), "empty": sum(not caption for caption in said)}
-
-
-def rights(scene: Scene, caption: str) -> Iterator[tuple[str, bool]]:
-    """Yield for each figure every attribute that is to be seen, and whether the caption names it rightly.
-
-    Of two figures the left one comes first; nothing of either is named rightly where the caption tells of one.
-    """
-    parts = caption.split(" beside ")
-    about = named(caption)
-    for figure in range(len(scene.figures)):
-        told = named(parts[figure]) if len(parts) == len(scene.figures) else {}
-        for name in VALUES:
-            if not (name == "clothes" and scene.camera == "close-up"):
-                words = about if hasattr(scene, name) else told
-                yield name, words.get(name) == value_of(scene, name, figure)
 
 
 def sketch_scores(
