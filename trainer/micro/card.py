@@ -38,7 +38,8 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 
 folder = "factory/weights/captioner"
 processor, blip = BlipProcessor.from_pretrained(folder), BlipForConditionalGeneration.from_pretrained(folder)
-ids = blip.generate(**processor(images=Image.open("frame.png").convert("RGB"), return_tensors="pt"))
+seen = processor(images=Image.open("frame.png").convert("RGB"), return_tensors="pt")
+ids = blip.generate(**seen, max_new_tokens=75)  # BLIP stops at 20 unless told
 print(processor.decode(ids[0], skip_special_tokens=True))""",
     ),
     "sketch": Card(

@@ -20,7 +20,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from factory.caption import MAX_TOKENS
 from factory.files import new_folder, sha256_file, write_atomic
 from factory.models import WEIGHTS as FACTORY
 from factory.sketch.generator import SketchGenerator
@@ -137,8 +136,6 @@ def write_lock(weights: Path) -> dict[str, Any]:
 
 def _blip(kind: Any, shop: Workshop, stage: str, folder: Path) -> None:
     model = kind.from_pretrained(shop.model(stage), dtype=torch.float32, local_files_only=True)
-    if model.can_generate():
-        model.generation_config.max_new_tokens = MAX_TOKENS  # stock generate() would stop at 20
     model.save_pretrained(folder)
     side = model.config.vision_config.image_size
     shop.bert().save_pretrained(folder)
