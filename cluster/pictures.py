@@ -14,18 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import truth
 from cluster.local import CommandFailed, loopback
 from factory.caption import sample_text
 from factory.files import write_atomic
 from factory.store import Store
+from factory.toon import Scene
 from trainer.base import GUIDANCE
 
 STEPS = 50  # DDIM, the paper's number
 SCALE = 0.5  # the paper's alpha
 REQUEST_TIMEOUT_S = 900
 JUDGED = "adapter: keywords, sketch"  # what is shown by the pictures that the report's verdict rests on
-# In captions: a face that is large enough for a picture of 64 px, and what makes it hard to see in one.
-NEAR, HARD = ("close-up", "bust", "head and shoulders"), ("dark", "dim", " beside ")
+NEAR = ("close-up", "bust")  # framings in which a face is large enough for a picture of 64 px
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Request:
 
 
 def requests_for(root: Path, clips: Sequence[str], count: int = 4, judged: int = 24) -> list[Request]:
-    """Return what the demo asks of the samples of the files `clips`, none of which was in training.
+    """Return what the demo asks of the samples of the drawn `clips` (names of files), none of which was in training.
 
     For `count` of them the base with their caption, and with the keywords of line art alone; the adapter with these
     keywords and their sketch, and with all three. For up to `judged` in all the adapter with keywords and sketch, which
@@ -57,14 +58,14 @@ def requests_for(root: Path, clips: Sequence[str], count: int = 4, judged: int =
     store = Store(str(root))
     sources = store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
     held = {row["source_id"] for row in sources if Path(row["uri"]).name in clips}
-    table = store.table("samples").to_table(
-        columns=["frame_id", "source_id", "caption", "keywords"], filter="split = 'validation' and selected"
-    )
-    rows = sorted((row for row in table.to_pylist() if row["source_id"] in held), key=lambda row: row["frame_id"])
+    drawn = truth.scenes(store)
+    columns = ["frame_id", "source_id", "caption", "keywords"]
+    rows = store.table("samples").to_table(columns=columns, filter="split = 'validation' and selected").to_pylist()
+    rows = sorted((row for row in rows if row["source_id"] in held), key=lambda row: row["frame_id"])
     if not rows:
         raise CommandFailed(f"{root}/samples.lance holds no sample of {', '.join(clips)}, so no reference sketch.")
     asked = []
-    near = [row for row in rows if _shows_a_face(row)] or rows
+    near = [row for row in rows if _shows_a_face(drawn[row["frame_id"]])] or rows
     for seed, row in enumerate(_unlike(near, judged), start=1):
         key, caption, keywords = row["frame_id"], row["caption"] or "", row["keywords"]
         text, alone = sample_text(caption, keywords), sample_text(None, keywords)
@@ -83,9 +84,8 @@ def requests_for(root: Path, clips: Sequence[str], count: int = 4, judged: int =
     return asked
 
 
-def _shows_a_face(row: dict[str, Any]) -> bool:
-    caption = row["caption"] or ""
-    return any(word in caption for word in NEAR) and not any(word in caption for word in HARD)
+def _shows_a_face(scene: Scene) -> bool:
+    return scene.camera in NEAR and len(scene.figures) == 1 and scene.lighting == "day"
 
 
 def _unlike(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

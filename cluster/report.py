@@ -35,7 +35,7 @@ def write_report(output: Path, journal: dict[str, Any]) -> Path:
         captions=truth.captions(store, drawn),
         training=training(output / "run"),
         pictures=pictures(output / "images", root),
-        verdict=verdict(output / "images", drawn),
+        verdict=verdict(output / "images", root, drawn),
         judged=JUDGED,
         journal=journal,
     )
@@ -118,11 +118,12 @@ def _losses(axes: Any, points: Points, name: str) -> None:
     axes.plot(steps, _smooth(losses), color=_INK, linewidth=1.5, label="smoothed")
 
 
-def verdict(folder: Path, drawn: dict[str, Scene]) -> list[tuple[str, int, int, float]]:
-    """Return what the adapter brought through of the sketches in the pictures that are judged: see `truth.pictures`."""
+def verdict(folder: Path, root: Path, drawn: dict[str, Scene]) -> list[truth.Brought]:
+    """Return what the adapter brought through of the sketches in the pictures that are judged."""
     index = folder / "index.json"
     items = json.loads(index.read_text()) if index.is_file() else []
-    return truth.pictures({item["group"]: folder / item["file"] for item in items if item["shows"] == JUDGED}, drawn)
+    made = {item["group"]: (folder / item["file"]).read_bytes() for item in items if item["shows"] == JUDGED}
+    return truth.pictures(made, {key: training_sketch(root, key) for key in made}, drawn)
 
 
 def pictures(folder: Path, root: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from factory.store import Store
 from factory.toon import Figure, Scene
 from factory.toon.video import truth_path
 from trainer.base import WEIGHTS
-from trainer.micro.attributes import SHOWN_BY_LINES, VALUES, rights
+from trainer.micro.attributes import SHOWN_BY_LINES, VALUES, labels, rights
 
 
 def scenes(store: Store) -> dict[str, Scene]:
@@ -48,23 +49,46 @@ def captions(store: Store, drawn: dict[str, Scene]) -> list[tuple[str, int, int]
     return counts
 
 
-def pictures(files: dict[str, Path], drawn: dict[str, Scene]) -> list[tuple[str, int, int, float]]:
-    """Return how many of the pictures in `files` (by frame_id) show what their sketch shows, as the probe sees it.
+class Brought(NamedTuple):
+    """How many of the judged pictures show of one attribute what their sketch shows."""
 
-    Per attribute that lines show: its name, the number of such pictures, that of all of them, and the chance of one.
-    """
+    attribute: str
+    right: int
+    pictures: int
+    by_chance: float  # the same of pictures laid beside other sketches than their own, in the mean
+    in_sketches: int  # the same of the sketches themselves: what the judge can see
+
+
+def pictures(made: dict[str, bytes], sketches: dict[str, bytes], drawn: dict[str, Scene]) -> list[Brought]:
+    """Return, per attribute that lines show, what the probe sees in pictures and sketches (encoded, by frame_id)."""
     import torch  # here: it takes seconds to import
 
-    from trainer.micro.probe import Probe, judge
+    from trainer.micro.probe import Probe, seen
 
-    keys = [key for key in files if key in drawn]
+    keys = [key for key in made if key in drawn]
     if not keys:
         return []
-    pixels = torch.from_numpy(np.stack([_pixels(files[key]) for key in keys])).permute(0, 3, 1, 2) / 127.5 - 1
-    hits = judge(Probe.from_pretrained(WEIGHTS / "judge/probe"), pixels, [drawn[key] for key in keys])
-    return [(name, int(hits[name].sum()), len(keys), 1 / len(VALUES[name])) for name in SHOWN_BY_LINES]
+    probe = Probe.from_pretrained(WEIGHTS / "judge/probe")
+    truth = torch.tensor([labels(drawn[key]) for key in keys])
+    found, ceiling = (seen(probe, _pixels([encoded[key] for key in keys])) for encoded in (made, sketches))
+    answers = []
+    for name in SHOWN_BY_LINES:
+        true = truth[:, list(VALUES).index(name)]
+        hits = found[name][:, None] == true
+        right, others = int(hits.diagonal().sum()), int(hits.sum() - hits.diagonal().sum())
+        by_chance = others / max(len(keys) - 1, 1)
+        answers.append(Brought(name, right, len(keys), by_chance, int((ceiling[name] == true).sum())))
+    return answers
 
 
-def _pixels(file: Path) -> np.ndarray:
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS))
+def _pixels(encoded: list[bytes]) -> Any:
+    """Return encoded pictures as the probe reads them: (B,3,64,64) in [-1,1], squeezed to the square."""
+    import torch
+
+    from trainer.micro.pictures import SIDE
+
+    arrays = []
+    for data in encoded:
+        with Image.open(io.BytesIO(data)) as image:
+            arrays.append(np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1

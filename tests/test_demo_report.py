@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster import report
@@ -52,7 +53,7 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
         assert f"{row['source']} at {row['timestamp']:.2f} s" in page
     assert "adapter: keywords, sketch" in page
     near = sum(item["shows"] == JUDGED for item in json.loads((finished_demo / "images/index.json").read_text()))
-    assert re.search(rf"hair style; by chance \d+</dt><dd>\d+ of {near}<", page)
+    assert re.search(rf"hair style<br>by chance \d+\.\d, in the sketches themselves \d</dt><dd>\d of {near}<", page)
     assert "0.0625" in page
     assert "alignment step<" in page
     assert f"<dd>{sum(0.9 / i for i in range(21, 31)) / 10:.3f}</dd>" in page
@@ -69,7 +70,7 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
     assert len(page) < 6 * 10**6
 
 
-def test_the_edit_lists_judge_captions_and_pictures(small_dataset: Path, tmp_path: Path) -> None:
+def test_the_edit_lists_judge_captions_and_pictures(small_dataset: Path) -> None:
     import cv2
 
     from cluster import truth
@@ -88,11 +89,14 @@ def test_the_edit_lists_judge_captions_and_pictures(small_dataset: Path, tmp_pat
         str(i): toon.random_scene(random.Random(i), figures=(toon.random_figure(random.Random(i)),)) for i in range(8)
     }
     scenes = {key: replace(scene, camera="bust", lighting="day") for key, scene in scenes.items()}
-    files = {key: tmp_path / f"{key}.png" for key in scenes}
-    for key, scene in scenes.items():
-        cv2.imwrite(str(files[key]), toon.draw(scene, (128, 128)).lines)
-    for _, right, count, chance in truth.pictures(files, scenes):
-        assert (count, chance) == (8, 0.2)
-        assert right >= 6
-    others = dict(zip(files, list(files.values())[1:] + list(files.values())[:1], strict=True))
-    assert sum(right for _, right, _, _ in truth.pictures(others, scenes)) < 16
+    sketches = {
+        key: cv2.imencode(".png", toon.draw(scene, (128, 128)).lines)[1].tobytes() for key, scene in scenes.items()
+    }
+    for found in truth.pictures(sketches, sketches, scenes):
+        assert found.right == found.in_sketches >= 6
+        assert found.by_chance < 4
+    others = dict(zip(sketches, [*list(sketches.values())[1:], sketches["0"]], strict=True))
+    assert sum(found.right for found in truth.pictures(others, sketches, scenes)) < 12
+    blank = dict.fromkeys(scenes, cv2.imencode(".png", np.full((64, 64), 255, np.uint8))[1].tobytes())
+    for found in truth.pictures(blank, sketches, scenes):  # always the same: as good as chance, and no better
+        assert found.right == pytest.approx(found.by_chance)

@@ -60,12 +60,13 @@ def named(caption: str) -> dict[str, str]:
 def rights(scene: Scene, caption: str) -> Iterator[tuple[str, bool]]:
     """Yield for each figure every attribute that is to be seen, and whether the caption names it rightly.
 
-    Of two figures the left one comes first; nothing of either is named rightly where the caption tells of one.
+    Of two figures the left one comes first; where the caption tells of one, nothing of a figure is named rightly, but
+    place, framing and light may be. An empty caption names nothing, not even that there is no accessory.
     """
     parts = caption.split(" beside ")
-    about = named(caption)
+    about = named(caption) if caption else {}
     for figure in range(len(scene.figures)):
-        told = named(parts[figure]) if len(parts) == len(scene.figures) else {}
+        told = named(parts[figure]) if caption and len(parts) == len(scene.figures) else {}
         for name in VALUES:
             if not (name == "clothes" and scene.camera == "close-up"):
                 words = about if hasattr(scene, name) else told

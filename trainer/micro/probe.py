@@ -55,11 +55,16 @@ class Probe(nn.Module):
 
 
 @torch.no_grad()
+def seen(probe: Probe, pixels_B3HW: Tensor) -> dict[str, Tensor]:
+    """Return for each attribute the place (B,) among its VALUES of what the probe sees."""
+    found = [probe(part) for part in pixels_B3HW.split(64)]
+    return {name: torch.cat([part[name].argmax(1) for part in found]) for name in VALUES}
+
+
 def judge(probe: Probe, pixels_B3HW: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
     """Return for each attribute whether (B,) the probe sees the scene's value."""
     truth = torch.tensor([labels(scene) for scene in scenes])
-    found = [probe(part) for part in pixels_B3HW.split(64)]
-    return {name: torch.cat([part[name].argmax(1) for part in found]) == truth[:, i] for i, name in enumerate(VALUES)}
+    return {name: values == truth[:, i] for i, (name, values) in enumerate(seen(probe, pixels_B3HW).items())}
 
 
 def material(folder: Path, count: int = COUNT) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
