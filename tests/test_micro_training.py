@@ -208,7 +208,7 @@ def test_every_stage_takes_its_steps_and_leaves_a_model(tmp_path: Path, capsys: 
 def test_the_exam_takes_the_shipped_models_and_the_card_tells_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"PROMPTS": 8, "SEEDS": (1,), "REFERENCES": 2, "SKETCHES": 2, "ADAPTER_SECONDS": 0.5}
+    small = {"PROMPTS": 8, "JUDGED": 8, "SEEDS": (1,), "REFERENCES": 2, "SKETCHES": 2, "ADAPTER_SECONDS": 0.5}
     for name, value in small.items():
         monkeypatch.setattr(exam, name, value)
     shop = stages.Workshop(tmp_path, trial=True)
@@ -220,6 +220,10 @@ def test_the_exam_takes_the_shipped_models_and_the_card_tells_it(
     told = card.card(shop, WEIGHTS / "micro", "micro")
     assert all(f"### {name}" in told for name in ("base", "held-out", "framings", "adapter", "step"))
     assert "| chance | 0.125 |" in told
+    for kind in ("the base's pictures", "drawings themselves"):
+        found = results["judges"][kind]
+        assert found["match"] > 0.6 > 0.3 > found["match, another's text"], kind
+        assert found["nearest by CLIP"] > 0.6, kind
     assert "| colour, bust |" in card.card(shop, WEIGHTS / "judge/probe", "probe")
     results["base"]["judge"] = "another"
     (shop.folder / "exam/measures.json").write_text(json.dumps(results))

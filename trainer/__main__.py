@@ -116,7 +116,7 @@ def micro(args: argparse.Namespace) -> int:
 
 # Named here too, for --help: the modules that know them take seconds to import.
 _STAGES = "tokenizer, clip, vae, unet, judge-clip, captioner, matcher, sketch, probe"
-_MEASURES = "vae, clip, matcher, captioner, sketch, base, held-out, framings, probe, step, adapter"
+_MEASURES = "vae, clip, matcher, captioner, sketch, base, held-out, framings, judges, probe, step, adapter"
 
 
 def _parser() -> argparse.ArgumentParser:

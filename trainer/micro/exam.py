@@ -26,12 +26,14 @@ from trainer.micro.pictures import Pictures
 from trainer.micro.probe import Probe
 from trainer.micro.sheet import write_sheet
 from trainer.micro.stages import Workshop
+from trainer.micro.text import caption_of
 from trainer.micro.unet import Latents, Sampler
 from trainer.micro.vae import reconstruct
 
 JUDGE = WEIGHTS / "judge"
 SEEDS = (1, 2, 3)
 PROMPTS = 300
+JUDGED = 100  # pictures that CLIP pair and matcher judge
 ADAPTER_SECONDS = 300.0
 ADAPTER_PICTURES = 8000  # whose latents and features are made beforehand, as `fit` would take them from a cache
 REFERENCES = 100  # pictures that an adapter is asked with, of each kind
@@ -91,23 +93,39 @@ class Exam:
             write_sheet(both, self.folder / f"vae-{kind}.png")
         return measure.coder(self.backbone.vae, self.probe, pictures)
 
-    def clip(self) -> dict[str, Any]:
-        """Retrieval among 32."""
+    @functools.cached_property
+    def pair(self) -> tuple[CLIPModel, CLIPTokenizer]:
         folder = find_model("animesketch/clip", JUDGE)
         pair = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return {split: retrieval(pair, tokenizer, self.shop.pictures(split)) for split in ("validation", "held-out")}
+        return pair, CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+    @functools.cached_property
+    def matching(self) -> tuple[BlipForImageTextRetrieval, BertTokenizer]:
+        folder = find_model("animesketch/matcher", JUDGE)
+        model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        return model, BertTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def clip(self) -> dict[str, Any]:
+        """Retrieval among 32."""
+        return {split: retrieval(*self.pair, self.shop.pictures(split)) for split in ("validation", "held-out")}
 
     def matcher(self) -> dict[str, Any]:
         """ROC-AUC of captions with one attribute changed."""
-        folder = find_model("animesketch/matcher", JUDGE)
-        model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
         return {
-            f"{split}, {kind}": measure.matcher(model, tokenizer, self.shop.corpus(split), lines=kind == "line")
+            f"{split}, {kind}": measure.matcher(*self.matching, self.shop.corpus(split), lines=kind == "line")
             for split in ("validation", "held-out")
             for kind in ("colour", "line")
         }
+
+    def judges(self) -> dict[str, Any]:
+        """What CLIP pair and matcher say of pictures and their prompts, and of drawings and their captions."""
+        _, made, prompts = measure.base(self.sampler, self.probe, count=JUDGED, seed=SEEDS[0])
+        pictures = self.shop.pictures("validation")
+        busts = measure.judged(pictures)[:JUDGED]
+        captions = [caption_of(pictures.scenes[i], np.random.default_rng(i)) for i in busts]
+        drawn = pictures.read(busts, np.zeros(len(busts), bool))
+        of = functools.partial(measure.judges, *self.pair, *self.matching)
+        return {"the base's pictures": of(made, prompts), "drawings themselves": of(drawn, captions)}
 
     def captioner(self) -> dict[str, Any]:
         """Attributes named rightly."""
@@ -158,6 +176,7 @@ SECTIONS: dict[str, tuple[Callable[[Exam], dict[str, Any]], Path]] = {  # each w
     "base": (Exam.base, WEIGHTS / "micro"),
     "held-out": (functools.partial(Exam.base, held_out=True), WEIGHTS / "micro"),
     "framings": (Exam.framings, WEIGHTS / "micro"),
+    "judges": (Exam.judges, WEIGHTS / "micro"),
     "probe": (Exam.judge_itself, JUDGE / "probe"),
     "step": (Exam.step, WEIGHTS / "micro"),
     "adapter": (Exam.adapter, WEIGHTS / "micro"),

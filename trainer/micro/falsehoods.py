@@ -76,7 +76,8 @@ class Words:
 
     def labels(self, ids_T: Tensor, told: Scene, true: Scene) -> Tensor:
         """Return for each token (T,) of a text about `told`: 1 if `true` is otherwise, 0 if it is so, -100 if the token
-        tells nothing, or may stand for two attributes of which one is so (red: hair or eyes)."""
+        tells nothing, or may stand for two attributes of which one is so (red: hair or eyes). Words that both
+        values have, such as the hair of every style, count as otherwise too."""
         ids = ids_T.tolist()
         parts = [len(ids)] if len(told.figures) == 1 else [ids.index(self.beside), len(ids)]
         labels: list[int] = []

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn import functional as F
 
 from factory.caption import Captioner
 from factory.toon.traits import Scene
 from trainer.micro import blip
 from trainer.micro.attributes import JUDGED, SHOWN_BY_LINES, VALUES, rights, value_of
-from trainer.micro.clip import normalised
+from trainer.micro.clip import embed, normalised
 from trainer.micro.corpus import Corpus, random_scene
 from trainer.micro.falsehoods import changed
 from trainer.micro.pictures import SIDE, Pictures
@@ -203,6 +204,27 @@ def _auc(high: Tensor, low: Tensor) -> float:
     """Return the share of pairs (one of each) that are in order, a draw being half of one."""
     wins = (high[:, None] > low).float() + 0.5 * (high[:, None] == low).float()
     return round(float(wins.mean()), 4)
+
+
+def judges(pair: Any, words: Any, matcher: Any, tokenizer: Any, pixels: Tensor, texts: list[str]) -> dict[str, Any]:
+    """Return what the judging CLIP pair and matcher say of pictures (N,3,64,64) in [-1,1] and their texts.
+
+    The mean probability that picture and text belong together, of its own text and of the next one's, and the share of
+    pictures whose own text is the nearest of all N.
+    """
+    side = matcher.config.vision_config.image_size
+    large = normalised(F.interpolate(pixels, size=(side, side), mode="bilinear"))
+    own, other = (
+        float(blip.match_scores(matcher, tokenizer, large, told).mean()) for told in (texts, texts[1:] + texts[:1])
+    )
+    image, text = embed(pair, words, pixels, texts)
+    nearest = (F.normalize(image) @ F.normalize(text).T).argmax(1)
+    return {
+        "pictures": len(texts),
+        "match": round(own, 4),
+        "match, another's text": round(other, 4),
+        "nearest by CLIP": round(float((nearest == torch.arange(len(texts))).float().mean()), 4),
+    }
 
 
 def captioner(captioner: Captioner, corpus: Corpus) -> dict[str, Any]:

@@ -49,22 +49,23 @@ def install(shop: Workshop, factory: Path = FACTORY, trainer: Path = TRAINER) ->
         (trainer / "judge/matcher", ("tokenizer", "matcher"), _matcher),
         (trainer / "judge/probe", ("probe",), _probe),
     )
-    written = []
+    ready = []
     for folder, stages, write in parts:
         missing = [stage for stage in stages if not shop.is_done(stage)]
-        print(
-            f"left out   {folder}: stage {', '.join(missing)} is not done" if missing else f"installed  {folder}",
-            flush=True,
-        )
-        if not missing:
-            for stage in stages:
-                shop.check(stage)
-            with new_folder(folder) as aside:
-                write(shop, aside)
-                write_card(shop, aside, folder.name)
-                for file in aside.rglob("*.safetensors"):
-                    file.chmod(0o644)  # safetensors makes them readable by the owner alone
-            written.append(folder)
+        if missing:
+            print(f"left out   {folder}: stage {', '.join(missing)} is not done", flush=True)
+            continue
+        for stage in stages:
+            shop.check(stage)
+        ready.append((folder, write))
+    for folder, write in ready:  # none, where one of them is refused
+        with new_folder(folder) as aside:
+            write(shop, aside)
+            write_card(shop, aside, folder.name)
+            for file in aside.rglob("*.safetensors"):
+                file.chmod(0o644)  # safetensors makes them readable by the owner alone
+        print(f"installed  {folder}", flush=True)
+    written = [folder for folder, _ in ready]
     for weights in {folder: None for folder in (factory, trainer) if any(folder in path.parents for path in written)}:
         write_lock(weights)
     return written

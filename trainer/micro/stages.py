@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import BertTokenizer, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from factory.files import SUMS, locked, new_folder, sha256_file
+from factory.files import SUMS, locked, new_folder, sha256_file, write_atomic
 from factory.toon.film import CODE
 from trainer.micro import blip, clip, lines, probe, text, unet, vae
 from trainer.micro.corpus import Corpus, draw_corpus
@@ -194,6 +194,7 @@ def run(shop: Workshop, stages: list[str]) -> None:
             continue
         try:
             with locked(folder, wait=False):
+                _claim(shop, stage, folder)
                 STAGES[stage](shop, folder, functools.partial(_save, shop, stage))
                 if (folder / "curve.jsonl").is_file():
                     write_curve(folder / "curve.jsonl", folder / "curve.svg")
@@ -202,6 +203,18 @@ def run(shop: Workshop, stages: list[str]) -> None:
                 f"Another process is at stage {stage} in {folder}. Wait for it, or name a --stage."
             ) from None
         print(f"{stage:<11}done: {folder / 'model'}", flush=True)
+
+
+def _claim(shop: Workshop, stage: str, folder: Path) -> None:
+    """Write down what the stage is trained with; ValueError where a state that it would go on from had other inputs."""
+    if stage not in NEEDS:
+        return
+    path, inputs = folder / "inputs.json", shop.inputs(stage)
+    held = json.loads(path.read_text()) if (folder / "state.pt").is_file() and path.is_file() else inputs
+    other = ", ".join(name for name in inputs if held.get(name) != inputs[name])
+    if other:
+        raise ValueError(f"{folder} was begun with another {other}. Remove it to begin anew.")
+    write_atomic(path, json.dumps(inputs) + "\n")
 
 
 def _save(shop: Workshop, stage: str, model: Any = None, **parts: Any) -> None:
