@@ -26,6 +26,7 @@ from transformers import (
 
 from factory import toon
 from factory.caption import Captioner
+from factory.files import SUMS, check_sealed
 from factory.models import WEIGHTS as FACTORY
 from factory.models import find_model, model_id
 from factory.sketch.engine import SketchConfig, new_converter, run_tiles, sketch
@@ -87,6 +88,8 @@ def test_what_is_shipped_is_what_the_locks_list_and_at_most_60_mb() -> None:
         assert not [name for name in found if Path(name).suffix in (".bin", ".pt", ".pth", ".pkl")]
         for path in weights.rglob("*.json"):
             assert "_name_or_path" not in path.read_text()  # where it lay on the machine that made it
+        for sums in weights.rglob(SUMS):
+            check_sealed(sums.parent)
         total += lock["bytes"]
     assert total <= 60e6
 
