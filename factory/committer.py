@@ -20,9 +20,8 @@ class Committer:
     def __init__(self, store: Store, name: str, *, every: int) -> None:
         """Take up what an earlier run left: strike committed units from the ledger, publish the uncommitted ones."""
         self._store, self._name, self._every = store, name, every
-        self._digests = store.digests(name)
         self.done = store.committed_units(name)
-        self._digests.record_if_new(store.table(name).version)
+        store.record_versions(name)
         self._queue: list[dict[str, Any]] = []
         for entry in store.ledger(name):
             if not self.done.isdisjoint(entry["units"]):
@@ -112,7 +111,7 @@ class Committer:
             # The answer of a failed commit is ambiguous: the history decides.
             if not units or not set(units) <= self._store.committed_units(self._name):
                 raise
-        self._digests.record_version(self._store.table(self._name).version)
+        self._store.digests(self._name).record_version(self._store.table(self._name).version, units)
         self.done.update(units)
 
 
