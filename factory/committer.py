@@ -11,7 +11,7 @@ from lance import LanceOperation
 from lance.fragment import FragmentMetadata
 
 from factory import schema
-from factory.store import UNITS, DamagedData, Store
+from factory.store import UNITS, DamagedData, NotFinished, Store, state
 
 
 class Committer:
@@ -40,7 +40,8 @@ class Committer:
         """Commit what is queued: appended units in one transaction, updated fragments in one.
 
         Of two units that share a part, the one that came first is published. Raises DamagedData when a fragment's file
-        is gone, or a row is in the table already: then nothing is.
+        is gone, or a row is in the table already, and NotFinished when a fragment is no longer the one that an update
+        was made from: then nothing of that transaction is published.
         """
         updates = [entry for entry in self._queue if "updated" in entry]
         appended = {entry["unit"]: entry for entry in self._queue if "updated" not in entry}
@@ -54,12 +55,7 @@ class Committer:
         if fresh:
             self._append(fresh)
         if updates:
-            operation = LanceOperation.Update(
-                updated_fragments=[FragmentMetadata.from_json(json.dumps(entry["updated"])) for entry in updates],
-                fields_modified=updates[0]["fields"],
-                update_mode="rewrite_columns",
-            )
-            self._commit(operation, [])
+            self._update(updates)
         for unit in appended:
             self._store.strike(self._name, unit)
 
@@ -85,6 +81,31 @@ class Committer:
                 f"Table {self._store.uri(self._name)} has {after} rows, {found} of them new, after a commit of "
                 f"{len(keys)} to {before}. Something else writes to it: make sure that only this project does."
             )
+
+    def _update(self, entries: list[dict[str, Any]]) -> None:
+        states = {f.fragment_id: state(f.metadata) for f in self._store.table(self._name).get_fragments()}
+        fresh: list[FragmentMetadata] = []
+        stale: list[int] = []
+        for entry in entries:
+            updated = FragmentMetadata.from_json(json.dumps(entry["updated"]))
+            present, new = states.get(updated.id), state(updated)
+            if present == entry["made_from"]:
+                self._check_files(entry)
+                states[updated.id] = new
+                fresh.append(updated)
+            elif present != new:  # a doubled answer is there already
+                stale.append(updated.id)
+        if stale:
+            raise NotFinished(
+                f"Fragment(s) {stale} of table {self._store.uri(self._name)} were changed while new values of their "
+                "rows were made. These were dropped: run the same command again."
+            )
+        if fresh:
+            fields = sorted({field for entry in entries for field in entry["fields"]})
+            operation = LanceOperation.Update(
+                updated_fragments=fresh, fields_modified=fields, update_mode="rewrite_columns"
+            )
+            self._commit(operation, [])
 
     def _check_files(self, entry: dict[str, Any]) -> None:
         for name, size in entry["files"].items():

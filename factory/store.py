@@ -191,6 +191,7 @@ class Store:
         """Write new values of some columns for rows of one fragment; return the entry for Committer.add.
 
         Each row has the table's key and the new values, the same columns in all. Other columns, pictures too, stay.
+        The entry says which state of the fragment it was made from: it is good for that one only.
         """
         key = schema.KEYS[name]
         columns = pa.schema([schema.TABLES[name].field(column) for column in rows[0]])
@@ -201,7 +202,8 @@ class Store:
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
         files = self.settle(name, [metadata], keys, old={part.path for part in fragment.metadata.files})
         changed = {"updated": metadata.to_json(), "fields": list(fields), "files": files}
-        return {"unit": f"update-{fragment_id}", "rows": len(rows)} | changed
+        made_from = state(fragment.metadata)
+        return {"unit": f"update-{fragment_id}", "rows": len(rows), "made_from": made_from} | changed
 
     def remove(self, name: str, keys: set[str]) -> None:
         """Remove the rows with these keys (of no special characters) from table `name`, in one transaction."""
@@ -276,6 +278,13 @@ class Store:
         """Return the blobs of `column` at row `addresses` (`_rowaddr` of a scan), in that order."""
         found = dict(self.table(name).read_blobs(column, addresses=addresses))
         return [found[address] for address in addresses]
+
+
+def state(fragment: FragmentMetadata) -> list[str]:
+    """Return what tells a fragment from itself before a change: the names of its data files and its list of removed
+    rows. Each change writes files of new names."""
+    removed = fragment.deletion_file
+    return [part.path for part in fragment.files] + ([removed.path(fragment.id)] if removed else [])
 
 
 def _named(table: lance.LanceDataset, version: int) -> list[str]:

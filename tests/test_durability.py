@@ -114,7 +114,7 @@ def test_everything_is_on_the_disk_before_what_refers_to_it(disk: Disk) -> None:
     assert disk.lost() == []
     assert verify(store).damaged == []
     assert {Path(file).suffix for file in entry["files"]} == {".lance", ".blob"}
-    assert disk.steps.count("commit") == 7  # three units, an update, a removal, the merged version to look at, compaction
+    assert disk.steps.count("commit") == 7  # 3 units, update, removal, compaction and its look
     assert disk.steps.count("strike") == 3
 
 
