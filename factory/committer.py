@@ -11,7 +11,8 @@ from lance import LanceOperation
 from lance.fragment import FragmentMetadata
 
 from factory import schema
-from factory.store import UNITS, DamagedData, Store
+from factory.key_index import KeyIndex
+from factory.store import UNITS, DamagedData, NotFinished, Store, state
 
 
 class Committer:
@@ -20,10 +21,10 @@ class Committer:
     def __init__(self, store: Store, name: str, *, every: int) -> None:
         """Take up what an earlier run left: strike committed units from the ledger, publish the uncommitted ones."""
         self._store, self._name, self._every = store, name, every
-        self._digests = store.digests(name)
+        store.record_versions(name)
         self.done = store.committed_units(name)
-        self._digests.record_if_new(store.table(name).version)
         self._queue: list[dict[str, Any]] = []
+        self._keys: KeyIndex | None = None  # read when the first unit is appended
         for entry in store.ledger(name):
             if not self.done.isdisjoint(entry["units"]):
                 store.strike(name, entry["unit"])
@@ -41,34 +42,33 @@ class Committer:
         """Commit what is queued: appended units in one transaction, updated fragments in one.
 
         Of two units that share a part, the one that came first is published. Raises DamagedData when a fragment's file
-        is gone, or a row is in the table already: then nothing is.
+        is gone, or a row is in the table already, and NotFinished when a fragment is no longer the one that an update
+        was made from: then nothing of that transaction is published.
         """
         updates = [entry for entry in self._queue if "updated" in entry]
         appended = {entry["unit"]: entry for entry in self._queue if "updated" not in entry}
         self._queue = []
         fresh: dict[str, dict[str, Any]] = {}
-        taken = set(self.done)
+        taken: set[str] = set()
         for unit, entry in appended.items():
-            if taken.isdisjoint(entry["units"]):
+            if self.done.isdisjoint(entry["units"]) and taken.isdisjoint(entry["units"]):
                 fresh[unit] = entry
                 taken.update(entry["units"])
         if fresh:
             self._append(fresh)
         if updates:
-            operation = LanceOperation.Update(
-                updated_fragments=[FragmentMetadata.from_json(json.dumps(entry["updated"])) for entry in updates],
-                fields_modified=updates[0]["fields"],
-                update_mode="rewrite_columns",
-            )
-            self._commit(operation, [])
+            self._update(updates)
         for unit in appended:
             self._store.strike(self._name, unit)
 
     def _append(self, entries: dict[str, dict[str, Any]]) -> None:
         for entry in entries.values():
             self._check_files(entry)
-        keys = [key for entry in entries.values() for key in entry["keys"]]
-        present = self._count(keys)
+        table = self._store.table(self._name)
+        key = schema.KEYS[self._name]
+        keys = [k for entry in entries.values() for k in entry["keys"]]
+        self._keys = self._keys or KeyIndex(table, key)
+        present = self._keys.count(table, keys)
         if present or len(set(keys)) < len(keys):
             raise DamagedData(
                 f"{present or len(keys) - len(set(keys))} row(s) of {sorted(entries)[:3]} are in table "
@@ -78,14 +78,43 @@ class Committer:
         fragments = [
             FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
         ]
-        before = self._store.table(self._name).count_rows()
+        old, before = {fragment.fragment_id for fragment in table.get_fragments()}, table.count_rows()
         self._commit(LanceOperation.Append(fragments), sorted(u for entry in entries.values() for u in entry["units"]))
-        after, found = self._store.table(self._name).count_rows(), self._count(keys)
-        if after != before + len(keys) or found != len(keys):
+        table = self._store.table(self._name)
+        added = [fragment for fragment in table.get_fragments() if fragment.fragment_id not in old]
+        found = table.scanner(columns=[key], fragments=added).to_table()[key].to_pylist() if added else []
+        after = table.count_rows()
+        if after != before + len(keys) or sorted(found) != sorted(keys):
             raise DamagedData(
-                f"Table {self._store.uri(self._name)} has {after} rows, {found} of them new, after a commit of "
+                f"Table {self._store.uri(self._name)} has {after} rows, {len(found)} of them new, after a commit of "
                 f"{len(keys)} to {before}. Something else writes to it: make sure that only this project does."
             )
+        self._keys.add(keys)
+
+    def _update(self, entries: list[dict[str, Any]]) -> None:
+        states = {f.fragment_id: state(f.metadata) for f in self._store.table(self._name).get_fragments()}
+        fresh: list[FragmentMetadata] = []
+        stale: list[int] = []
+        for entry in entries:
+            updated = FragmentMetadata.from_json(json.dumps(entry["updated"]))
+            present, new = states.get(updated.id), state(updated)
+            if present == entry["made_from"]:
+                self._check_files(entry)
+                states[updated.id] = new
+                fresh.append(updated)
+            elif present != new:  # a doubled answer is there already
+                stale.append(updated.id)
+        if stale:
+            raise NotFinished(
+                f"Fragment(s) {stale} of table {self._store.uri(self._name)} were changed while new values of their "
+                "rows were made. These were dropped: run the same command again."
+            )
+        if fresh:
+            fields = sorted({field for entry in entries for field in entry["fields"]})
+            operation = LanceOperation.Update(
+                updated_fragments=fresh, fields_modified=fields, update_mode="rewrite_columns"
+            )
+            self._commit(operation, [])
 
     def _check_files(self, entry: dict[str, Any]) -> None:
         for name, size in entry["files"].items():
@@ -95,12 +124,6 @@ class Committer:
                     f"{path} was written for a unit of work and is gone or cut short. Remove "
                     f"{self._store.root / '_ledger'} and run again: the units that are not committed are redone."
                 )
-
-    def _count(self, keys: list[str]) -> int:
-        """Return how many rows of the table have one of `keys`."""
-        column, wanted = schema.KEYS[self._name], set(keys)
-        batches = self._store.table(self._name).to_batches(columns=[column])
-        return sum(key in wanted for batch in batches for key in batch[column].to_pylist())
 
     def _commit(self, operation: LanceOperation.BaseOperation, units: list[str]) -> None:
         table = self._store.table(self._name)
@@ -112,7 +135,7 @@ class Committer:
             # The answer of a failed commit is ambiguous: the history decides.
             if not units or not set(units) <= self._store.committed_units(self._name):
                 raise
-        self._digests.record_version(self._store.table(self._name).version)
+        self._store.digests(self._name).record_version(self._store.table(self._name).version, units)
         self.done.update(units)
 
 

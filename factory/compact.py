@@ -54,7 +54,7 @@ def compact(store: Store, name: str, *, rows: int, older_than: timedelta) -> Com
     kept = json.dumps(sorted(committer.done))
     if table.config().get(UNITS, "[]") != kept:
         table.update_config({UNITS: kept})
-        store.digests(name).record_version(table.latest_version)
+        store.record_versions(name)
     stats = table.cleanup_old_versions(older_than, delete_unverified=True, error_if_tagged_old_versions=False)
     store.digests(name).prune()
     for folder in Path(store.uri(name), "data").glob("*/"):  # Lance leaves those of the pictures that it removed
@@ -96,9 +96,10 @@ def _merge(store: Store, name: str, rows: int) -> None:
             f"Look at it: python -m factory verify --root {store.root}"
         )
     Compaction.commit(table, results)
-    store.digests(name).record_version(table.latest_version)
+    store.record_versions(name)
     if check_keys(store, name) != expected:
         lance.dataset(store.uri(name), version=version).restore()
+        store.record_versions(name)
         raise DamagedData(f"Compaction of {store.uri(name)} lost rows: version {version} was put back in place.")
 
 

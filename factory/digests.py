@@ -3,7 +3,7 @@
 `<root>/_digests/<table>/<data file>.json` holds the sha256 of a data file, those of the pictures that lie in a folder
 beside it, and the keys of its rows; a file that lists removed rows has one too. It is written before anything refers
 to the file: what a table refers to is recorded, whatever was killed. `<version>.json` holds the sha256 of a manifest,
-taken right after its commit.
+taken right after its commit. What is recorded was flushed to the disk before, with the folders that it lies in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from factory.files import sha256_file, write_atomic
+from factory.files import sha256_file, sync, write_atomic
 
 
 class Digests:
@@ -22,10 +22,12 @@ class Digests:
     def __init__(self, root: Path, name: str, folder: Path) -> None:
         self.folder, self._records = folder, root / "_digests" / name
 
-    def record(self, name: str, files: Iterable[Path], keys: list[str]) -> None:
-        """Write the record `name`: the sha256 of `files`, and the keys of the rows that they hold."""
+    def record(self, name: str, files: Iterable[Path], keys: list[str], **more: Any) -> None:
+        """Flush `files` to the disk, then write the record `name`: their sha256, the keys of their rows, and `more`."""
+        files = list(files)
+        sync(files, top=self.folder.parent)
         digests = {str(file.relative_to(self.folder)): sha256_file(file) for file in files}
-        write_atomic(self._path(name), json.dumps({"files": digests, "keys": keys}))
+        write_atomic(self._path(name), json.dumps({"files": digests, "keys": keys, **more}))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Return {"files": {path: sha256}, "keys": [...]} of the record `name`; None where it is absent or damaged."""
@@ -34,14 +36,33 @@ class Digests:
         except (FileNotFoundError, ValueError):
             return None
 
-    def record_version(self, version: int) -> None:
-        """Write the record of a version's manifest."""
-        self.record(_version(version), [self.manifest(version)], [])
+    def record_version(self, version: int, units: list[str]) -> None:
+        """Write the record of a version's manifest, and of the units that its transaction names."""
+        self.record(_version(version), [self.manifest(version)], [], units=units)
 
-    def record_if_new(self, version: int) -> None:
-        """Write the record of a version's manifest where there is none: a process was killed right after its commit."""
-        if self.read_version(version) is None:
-            self.record_version(version)
+    def unrecorded(self) -> list[int]:
+        """Return the versions without a record, ascending: a process was killed right after their commit."""
+        return [version for version in self.versions() if self.read_version(version) is None]
+
+    def units(self, version: int) -> list[str] | None:
+        """Return the units that a version's transaction names, or None without a record of this very manifest.
+
+        Where a manifest was lost, another one may have its number.
+        """
+        record = self.read(_version(version)) or {}
+        if "units" not in record or self.read_version(version) != sha256_file(self.manifest(version)):
+            return None
+        return record["units"]
+
+    def drop_torn(self) -> None:
+        """Remove manifests that a power cut cut short, in a locked root: newer than all records, without their end.
+
+        What they published is in the ledger still, or is done again. Nothing else that is damaged is touched.
+        """
+        recorded = self.newest_version()
+        for version in self.versions():
+            if version > recorded and not self.manifest(version).read_bytes().endswith(_END):
+                self.manifest(version).unlink()
 
     def read_version(self, version: int) -> str | None:
         """Return the recorded sha256 of a version's manifest, or None."""
@@ -73,6 +94,7 @@ class Digests:
 
 
 _LAST = 2**64 - 1
+_END = b"LANC"  # of each manifest
 
 
 def _version(version: int) -> str:

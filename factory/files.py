@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
@@ -21,28 +21,28 @@ class DamagedFolder(ValueError):
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a power cut."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with open(aside, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a path aside to write to; on success the file is flushed and replaces `path` by rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp.{path.name}")
     try:
         yield aside
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -51,7 +51,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield a folder aside to fill; on success it is sealed with SHA256SUMS and replaces `path` by rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     aside.mkdir()
     try:
@@ -64,7 +64,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(aside, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -79,13 +79,30 @@ def locked(folder: str | Path, *, wait: bool) -> Iterator[None]:
         yield
 
 
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and those above it that are not there, so that they are there after a power cut too."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def sync(files: Iterable[Path], top: Path) -> None:
+    """Flush `files`, then the folders that they lie in up to `top`, to the disk: a power cut takes none of them."""
+    folders: dict[Path, None] = {}
+    for file in files:
+        _sync(file)
+        folders.update(dict.fromkeys(folder for folder in file.parents if folder.is_relative_to(top)))
+    for folder in folders:
+        _sync(folder)
+
+
 def seal(folder: str | Path) -> None:
     """Write `folder`/SHA256SUMS over every file below it, in the format of `sha256sum`."""
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
-    for file in files:
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
+    sync(files, top=folder)
     write_atomic(folder / SUMS, "".join(f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
 
 
@@ -110,8 +127,8 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -7,6 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from factory import metrics, schema, selection, tasks
 from factory.committer import Committer, check_keys
 from factory.config import FactoryConfig
@@ -165,21 +168,22 @@ def select(store: Store, config: FactoryConfig) -> None:
         )
     store.keep_settings(asdict(config))
     fingerprint = config.fingerprint("select")
-    names = [*selection.COLUMNS, "source_id", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
-    candidates = store.table("candidates").to_table(columns=names, with_row_address=True).to_pylist()
-    decisions = selection.select(candidates, config.selection)
-    changed = []
-    for row in candidates:
-        if row["frame_id"] in decisions:
-            new = decisions[row["frame_id"]] | {"select_fingerprint": fingerprint}
-            if any(row[name] != value for name, value in new.items()):
-                changed.append({"frame_id": row["frame_id"], "_rowaddr": row["_rowaddr"], **new})
+    columns = [*selection.COLUMNS, "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
+    usable = "status IS NULL OR status != 'failed'"
+    candidates = store.table("candidates").to_table(columns=columns, filter=usable, with_row_address=True)
+    decided = selection.select(candidates, config.selection)
+    decided = decided.append_column("select_fingerprint", pa.array([fingerprint] * len(decided), pa.string()))
+    for name in ("frame_id", "_rowaddr"):
+        decided = decided.append_column(name, candidates[name])
+    changed = selection.changed(candidates, decided).to_pylist()
+    del candidates  # it holds 3 kB of each
     # One transaction: a selection is complete or it never was, so "kept by an earlier one" survives a crash.
     update(store, "candidates", changed)
     metrics.count("rows", len(changed), stage="select")
-    print(f"select   {len(changed)} of {len(candidates)} candidates decided anew", flush=True)
+    print(f"select   {len(changed)} of {len(decided)} candidates decided anew", flush=True)
 
-    kept = {frame: row for frame, row in decisions.items() if row["status"] == "kept"}
+    rows = decided.filter(pc.field("status") == "kept").select(["frame_id", "_rowaddr"])
+    kept = dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
     committer = Committer(store, "samples", every=config.commit_every)
     columns = ["frame_id", "source_id", "selected", "split"]
     samples = store.table("samples").to_table(columns=columns, with_row_address=True).to_pylist()
@@ -187,7 +191,7 @@ def select(store: Store, config: FactoryConfig) -> None:
     names = ("frame_id", "_rowaddr")
     update(store, "samples", [{name: row[name] for name in names} | {"selected": not row["selected"]} for row in flips])
     present = {row["frame_id"] for row in samples}
-    new = sorted((row["frame_id"], row["_rowaddr"]) for row in candidates if row["frame_id"] in kept.keys() - present)
+    new = sorted((frame, address) for frame, address in kept.items() if frame not in present)
     rows = [
         {"addresses": [address for _, address in unit], "amount": len(unit)}
         for unit in in_lots(new, config.samples_per_unit)

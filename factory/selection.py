@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from factory.settings import STRICT
 from factory.signature import changed_share
@@ -79,91 +79,105 @@ _RULES = (
     ("few_tones", "entropy", "min_entropy"),
     ("blurred", "sharpness", "min_sharpness"),
 )
+_DUPLICATE, _KEPT = len(_RULES), len(_RULES) + 1
 
 
-def select(candidates: list[dict[str, Any]], config: SelectionConfig) -> dict[str, dict[str, Any]]:
-    """Return by frame_id: status, reason, score, threshold, duplicate_of of the candidates that are not failed.
+def select(candidates: pa.Table, config: SelectionConfig) -> pa.Table:
+    """Return status, reason, score, threshold and duplicate_of of the candidates, row by row, as their table has them.
 
-    Each row has COLUMNS. Frames that an earlier completed selection kept come first, then the sharper, then by
-    frame_id, so that order does not matter. A frame is compared with all that were kept before it: the last one, those
-    of its source, and those of the whole dataset.
+    `candidates` has COLUMNS and no failed ones. Frames that an earlier completed selection kept come first, then the
+    sharper, then by frame_id, so that order does not matter. A frame is compared with all that were kept before it: the
+    last one, those of its source, and those of the whole dataset.
     """
-    usable = [row for row in candidates if row["status"] != "failed"]
-    usable.sort(key=lambda row: (row["status"] != "kept", -row["sharpness"], row["frame_id"]))
-    kept = _Kept(len(usable))
-    decisions: dict[str, dict[str, Any]] = {}
-    for row in usable:
-        decision = _broken_rule(row, config) or _duplicate(row, kept, config)
-        if decision is None:
-            kept.add(row)
-            decision = _decided("kept", None, row["sharpness"], config.min_sharpness)
-        decisions[row["frame_id"]] = decision
-    return decisions
+    scores = {name: _numbers(candidates[name]) for name in ("width", "height", *(rule[1] for rule in _RULES[1:]))}
+    scores["short_side"] = np.minimum(scores["width"], scores["height"])
+    rules = np.full(len(candidates), _KEPT)
+    score = scores["sharpness"].copy()
+    threshold = np.full(len(candidates), np.nan if config.min_sharpness is None else config.min_sharpness)
+    for rule, (_, name, limit_name) in reversed(list(enumerate(_RULES))):  # the first that is broken stays
+        limit = getattr(config, limit_name)
+        if limit is not None:
+            broken = scores[name] < limit if limit_name.startswith("min_") else scores[name] > limit
+            rules[broken], score[broken], threshold[broken] = rule, scores[name][broken], limit
+    originals = np.full(len(candidates), -1)
+    if config.duplicate_hash_bits is not None:
+        kept = _Kept(candidates, scores["contrast"] < _FLAT)
+        for row in _ranked(candidates, scores["sharpness"]):
+            if rules[row] == _KEPT:
+                change, original = kept.nearest(row, config.duplicate_hash_bits)
+                if change <= config.duplicate_change:
+                    rules[row], score[row], threshold[row] = _DUPLICATE, change, config.duplicate_change
+                    originals[row] = original
+                else:
+                    kept.add(row)
+    return pa.table(
+        {
+            "status": pa.array(np.array(["dropped", "kept"])[(rules == _KEPT).astype(int)], pa.string()),
+            "reason": pa.array([*(rule[0] for rule in _RULES), "duplicate", None], pa.string()).take(pa.array(rules)),
+            "score": pa.array(score.astype(np.float32)),
+            "threshold": pa.array(threshold.astype(np.float32), mask=np.isnan(threshold)),
+            "duplicate_of": candidates["frame_id"].take(pa.array(originals, mask=originals < 0)),
+        }
+    )
 
 
-def _broken_rule(row: dict[str, Any], config: SelectionConfig) -> dict[str, Any] | None:
-    found = row | {"short_side": min(row["width"], row["height"])}
-    for reason, score, name in _RULES:
-        value, threshold = found[score], getattr(config, name)
-        if threshold is not None and (value < threshold if name.startswith("min_") else value > threshold):
-            return _decided("dropped", reason, value, threshold)
-    return None
+def changed(present: pa.Table, decided: pa.Table) -> pa.Table:
+    """Return the rows of `decided` that differ in some column from the row of `present` at the same place."""
+    differs = np.zeros(len(decided), bool)
+    for name in decided.column_names:
+        differs |= _objects(present[name]) != _objects(decided[name])
+    return decided.filter(pa.array(differs))
 
 
-def _duplicate(row: dict[str, Any], kept: _Kept, config: SelectionConfig) -> dict[str, Any] | None:
-    if config.duplicate_hash_bits is None:
-        return None
-    change, original = kept.nearest(row, config.duplicate_hash_bits)
-    if change > config.duplicate_change:
-        return None
-    return _decided("dropped", "duplicate", change, config.duplicate_change, original)
+def _objects(column: pa.ChunkedArray) -> np.ndarray:
+    return np.array(column.to_pylist(), object)
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of numbers as float64."""
+    if column.null_count:
+        raise ValueError(f"{column.null_count} candidate(s) have no score. Build into a new --root.")
+    return column.to_numpy().astype(np.float64)
+
+
+def _ranked(candidates: pa.Table, sharpness: np.ndarray) -> np.ndarray:
+    """Return the places of the candidates in the order in which they are decided."""
+    kept = _objects(candidates["status"]) == "kept"
+    return np.lexsort((np.array(candidates["frame_id"].to_pylist()), -sharpness, ~kept))
 
 
 class _Kept:
-    """The frames kept so far, and the search among them."""
+    """The frames kept so far, by their places among the candidates, and the search among them."""
 
-    def __init__(self, most: int) -> None:
-        self._rows: list[dict[str, Any]] = []
-        self._hashes = np.empty(most, np.uint64)
-        self._flat = np.empty(most, bool)
+    def __init__(self, candidates: pa.Table, flat: np.ndarray) -> None:
+        self._signatures = candidates["signature"]
+        self._all_hashes, self._all_flat = candidates["phash"].to_numpy().view(np.uint64), flat
+        self._count = 0
+        self._places = np.empty(len(candidates), np.int64)
+        self._hashes = np.empty(len(candidates), np.uint64)
+        self._flat = np.empty(len(candidates), bool)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a row of COLUMNS."""
-        self._hashes[len(self._rows)] = _bits(row)
-        self._flat[len(self._rows)] = row["contrast"] < _FLAT
-        self._rows.append(row)
+    def add(self, place: int) -> None:
+        """Add the candidate at `place`."""
+        self._places[self._count] = place
+        self._hashes[self._count], self._flat[self._count] = self._all_hashes[place], self._all_flat[place]
+        self._count += 1
 
-    def nearest(self, row: dict[str, Any], bits: int) -> tuple[float, str]:
-        """Return the least changed share (0 to 1) to a kept frame whose hash is within `bits`, and its frame_id.
+    def nearest(self, place: int, bits: int) -> tuple[float, int]:
+        """Return the least changed share (0 to 1) to a kept frame whose hash is within `bits`, and its place.
 
         A flat frame is compared with all flat ones, whatever their hash. None near: 2.
         """
-        count = len(self._rows)
-        if row["contrast"] < _FLAT:
-            near = np.flatnonzero(self._flat[:count])
+        if self._all_flat[place]:
+            near = np.flatnonzero(self._flat[: self._count])
         else:
-            near = np.flatnonzero(np.bitwise_count(self._hashes[:count] ^ _bits(row)) <= bits)
-        best = 2.0, ""
+            near = np.flatnonzero(np.bitwise_count(self._hashes[: self._count] ^ self._all_hashes[place]) <= bits)
+        best = 2.0, -1
         for start in range(0, len(near), _BATCH):
-            batch = [self._rows[i] for i in near[start : start + _BATCH]]
-            change = changed_share(row["signature"], [other["signature"] for other in batch])
+            batch = self._places[near[start : start + _BATCH]]
+            signatures = [self._signatures[int(other)].as_py() for other in batch]
+            change = changed_share(self._signatures[place].as_py(), signatures)
             least = int(change.argmin())
             if change[least] < best[0]:
-                best = float(change[least]), batch[least]["frame_id"]
+                best = float(change[least]), int(batch[least])
         return best
-
-
-def _bits(row: dict[str, Any]) -> np.uint64:
-    return np.int64(row["phash"]).view(np.uint64)
-
-
-def _decided(
-    status: str, reason: str | None, score: float, threshold: float | None, duplicate_of: str | None = None
-) -> dict[str, Any]:
-    return {
-        "status": status,
-        "reason": reason,
-        "score": float(np.float32(score)),  # as the table stores it, so that an equal decision compares equal
-        "threshold": None if threshold is None else float(np.float32(threshold)),
-        "duplicate_of": duplicate_of,
-    }

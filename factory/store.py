@@ -23,7 +23,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from factory import schema
 from factory.digests import Digests
-from factory.files import write_atomic
+from factory.files import make_folder, write_atomic
 
 UNITS = "animesketch.units"  # of a transaction: its units; of a table's configuration: those of pruned history
 _SETTINGS = b"animesketch.config"
@@ -65,8 +65,8 @@ class Store:
         """Make the root and whatever table it lacks. Raises StoreError when a table is of another format."""
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"Dataset root {self.root} is a file. Give a folder.")
-        self.root.mkdir(parents=True, exist_ok=True)
         for name, columns in schema.TABLES.items():
+            make_folder(self._ledger_file(name, "").parent)
             if not self.has(name):
                 lance.write_dataset(
                     columns.empty_table(),
@@ -74,7 +74,7 @@ class Store:
                     data_storage_version=schema.STORAGE_VERSION,
                     enable_v2_manifest_paths=True,
                 )
-            self.digests(name).record_if_new(self.table(name).version)
+            self.record_versions(name)
 
     def digests(self, name: str) -> Digests:
         """Return the digests of table `name`."""
@@ -90,7 +90,7 @@ class Store:
         if json.loads(json.dumps(settings)) != self.settings():  # tuples are lists in JSON
             table = self.table("samples")
             table.update_schema_metadata({_SETTINGS.decode(): json.dumps(settings)})
-            self.digests("samples").record_if_new(self.table("samples").version)
+            self.record_versions("samples")
 
     def table(self, name: str) -> lance.LanceDataset:
         """Return the newest version of table `name`. Raises FileNotFoundError or StoreError, saying what to do."""
@@ -113,8 +113,11 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the root as its one writer; the lock dies with its process. Raises DatasetBusy."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Hold the root as its one writer; the lock dies with its process. Raises DatasetBusy.
+
+        What a power cut left of a commit is removed first: Lance would not open the table.
+        """
+        make_folder(self.root)
         with open(self.root / ".lock", "a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,6 +130,8 @@ class Store:
             handle.truncate(0)
             handle.write(f"process {os.getpid()}")
             handle.flush()
+            for name in schema.TABLES:
+                self.digests(name).drop_torn()
             yield
 
     def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]], parts: Sequence[str] = ()) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Store:
                     continue
                 file = folder / "data" / part.path
                 files = [file, *sorted(file.with_suffix("").glob("*"))]  # large pictures lie in a folder beside it
-                sizes.update({str(f.relative_to(folder)): _settled(f) for f in files})
+                sizes.update({str(f.relative_to(folder)): f.stat().st_size for f in files})
                 digests.record(file.stem, files, keys[start:end])
             start = end
         return sizes
@@ -186,6 +191,7 @@ class Store:
         """Write new values of some columns for rows of one fragment; return the entry for Committer.add.
 
         Each row has the table's key and the new values, the same columns in all. Other columns, pictures too, stay.
+        The entry says which state of the fragment it was made from: it is good for that one only.
         """
         key = schema.KEYS[name]
         columns = pa.schema([schema.TABLES[name].field(column) for column in rows[0]])
@@ -196,7 +202,8 @@ class Store:
         metadata, fields = fragment.update_columns(schema.arrange(rows, columns), left_on=key, right_on=key)
         files = self.settle(name, [metadata], keys, old={part.path for part in fragment.metadata.files})
         changed = {"updated": metadata.to_json(), "fields": list(fields), "files": files}
-        return {"unit": f"update-{fragment_id}", "rows": len(rows)} | changed
+        made_from = state(fragment.metadata)
+        return {"unit": f"update-{fragment_id}", "rows": len(rows), "made_from": made_from} | changed
 
     def remove(self, name: str, keys: set[str]) -> None:
         """Remove the rows with these keys (of no special characters) from table `name`, in one transaction."""
@@ -215,27 +222,35 @@ class Store:
                 continue
             assert rest.deletion_file is not None  # rows match, so they are listed
             file = Path(self.uri(name), rest.deletion_file.path(rest.id))
-            _settled(file)
             digests.record(file.stem, [file], sorted(keys))
             left.append(rest)
         operation = lance.LanceOperation.Delete(left, emptied, predicate)
         lance.LanceDataset.commit(self.uri(name), operation, read_version=table.version)
-        digests.record_version(self.table(name).version)
+        self.record_versions(name)
 
     def committed_units(self, name: str) -> set[str]:
         """Return the units that the transactions in the history of table `name`, its configuration or its rows name.
 
         History is pruned by a clean-up: ours (compact.py) keeps the units in the configuration first; after another's,
-        a unit whose rows are there is done all the same.
+        a unit whose rows are there is done all the same. What is recorded of a version is not read from it again.
         """
-        table = self.table(name)
+        table, digests = self.table(name), self.digests(name)
         units: set[str] = set(json.loads(table.config().get(UNITS, "[]")))
-        if "segment_id" in table.schema.names:
+        versions = digests.versions()
+        if versions[0] > 1 and "segment_id" in table.schema.names:
             units.update(table.to_table(columns=["segment_id"])["segment_id"].unique().to_pylist())
-        for version in self.digests(name).versions():
-            transaction = table.read_transaction(version)
-            units.update(json.loads(((transaction and transaction.transaction_properties) or {}).get(UNITS, "[]")))
+        for version in versions:
+            recorded = digests.units(version)
+            units.update(_named(table, version) if recorded is None else recorded)
         return units
+
+    def record_versions(self, name: str) -> None:
+        """Flush the manifests of table `name` that are not recorded yet to the disk, and record them.
+
+        Those of a commit just made, and those of one after which a process was killed at once.
+        """
+        for version in self.digests(name).unrecorded():
+            self.digests(name).record_version(version, _named(self.table(name), version))
 
     def ledger(self, name: str) -> list[dict[str, Any]]:
         """Return the ledger's entries of table `name`: units written, and committed or not yet."""
@@ -265,8 +280,14 @@ class Store:
         return [found[address] for address in addresses]
 
 
-def _settled(file: Path) -> int:
-    """Flush a file to the disk and return its size in bytes."""
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-        return os.fstat(handle.fileno()).st_size
+def state(fragment: FragmentMetadata) -> list[str]:
+    """Return what tells a fragment from itself before a change: the names of its data files and its list of removed
+    rows. Each change writes files of new names."""
+    removed = fragment.deletion_file
+    return [part.path for part in fragment.files] + ([removed.path(fragment.id)] if removed else [])
+
+
+def _named(table: lance.LanceDataset, version: int) -> list[str]:
+    """Return the units that the transaction of a version names."""
+    transaction = table.read_transaction(version)
+    return json.loads(((transaction and transaction.transaction_properties) or {}).get(UNITS, "[]"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from factory import schema
+from factory.files import sync
 from factory.store import Store, StoreError
 
 
@@ -28,6 +30,7 @@ def tag(store: Store, name: str) -> dict[str, int]:
     for table_name in schema.TABLES:
         table = store.table(table_name)
         (table.tags.update if table_name in taken else table.tags.create)(name, table.version)
+        sync([Path(store.uri(table_name), "_refs", "tags", f"{name}.json")], top=store.root)
         versions[table_name] = table.version
     return versions
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from factory import pipeline
+from factory.committer import Committer
 from factory.config import micro
 from factory.scores import scores
-from factory.selection import COLUMNS, SelectionConfig, select
+from factory.selection import COLUMNS, SelectionConfig
 from factory.settings import load
+from factory.store import Store
 from factory.toon import draw, random_scene
+from tests.selecting import select
 
 
 def _row(frame_id: str, image: np.ndarray, **more: object) -> dict:
@@ -93,8 +98,9 @@ def test_flat_frames_are_compared_whatever_their_hash() -> None:
     assert sorted(d["status"] for d in decisions.values()) == ["dropped", "dropped", "kept"]
 
 
-def test_failed_rows_are_left_alone() -> None:
-    assert select([{"frame_id": "x", "status": "failed"}], SelectionConfig()) == {}
+def test_candidates_without_scores_are_refused(pictures: list[np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="1 candidate"):
+        select([_row("a", pictures[0]), _row("b", pictures[1], entropy=None)], SelectionConfig())
 
 
 def test_ten_thousand_candidates_take_a_second_or_two(pictures: list[np.ndarray]) -> None:
@@ -107,3 +113,25 @@ def test_ten_thousand_candidates_take_a_second_or_two(pictures: list[np.ndarray]
     assert time.process_time() - start < 10
     assert sum(d["status"] == "dropped" for d in decisions.values()) == 500
     assert set(COLUMNS) <= set(rows[0])
+
+
+def test_the_stage_s_time_grows_with_its_candidates_and_failed_ones_are_left_alone(
+    pictures: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "root"))
+    store.create()
+    names = {"source_id": "s", "segment_id": "u", "signature": b"not compared", "embedding": None}
+    row = _row("a", pictures[0]) | names
+    rows = [row | {"frame_id": f"{i:05d}"} for i in range(30_000)]
+    rows.append({"frame_id": "failed", **names, "status": "failed", "reason": "decode: it ended"})
+    Committer(store, "candidates", every=1).add(store.write_unit("candidates", "u", rows))
+    Committer(store, "sources", every=1).add(store.write_unit("sources", "s", [{"source_id": "s", "status": "ok"}]))
+    units: list[dict] = []
+    monkeypatch.setattr(pipeline, "run", lambda *arguments: units.extend(arguments[4]))
+    start = time.process_time()
+    pipeline.select(store, load(micro(), None, ["selection.duplicate_hash_bits=null"]))
+    assert time.process_time() - start < 15  # a search of all kept frames for each took 60 s
+    assert sum(unit["amount"] for unit in units) == 30_000
+    found = store.table("candidates").to_table(columns=["status", "reason", "select_fingerprint"]).to_pylist()
+    assert found[-1] == {"status": "failed", "reason": "decode: it ended", "select_fingerprint": None}
+    assert {row["status"] for row in found[:-1]} == {"kept"}

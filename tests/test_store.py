@@ -14,7 +14,8 @@ import pytest
 
 from factory import schema
 from factory.committer import Committer, check_keys
-from factory.store import DamagedData, DatasetBusy, Store, StoreError
+from factory.compact import compact
+from factory.store import DamagedData, DatasetBusy, NotFinished, Store, StoreError
 
 REPO = Path(__file__).parent.parent
 
@@ -139,6 +140,56 @@ def test_updates_change_columns_and_leave_pictures(store: Store) -> None:
     assert sum(p.stat().st_size for p in Path(store.uri("candidates")).rglob("*")) - size < 50_000
     old = lance.dataset(store.uri("candidates"), version=before).to_table(columns=["status"])["status"]
     assert old.null_count == 6
+
+
+def _statuses(store: Store) -> dict[str, str | None]:
+    rows = store.table("candidates").to_table(columns=["frame_id", "status"]).to_pylist()
+    return {row["frame_id"]: row["status"] for row in rows}
+
+
+@pytest.mark.parametrize("change", ["update", "compaction", "removal", "update in the same commit"])
+def test_an_update_made_from_an_older_state_of_its_fragment_is_dropped(store: Store, change: str) -> None:
+    committer = Committer(store, "candidates", every=1)
+    for unit in range(2):
+        committer.add(store.write_unit("candidates", f"u{unit}", _rows(unit)))
+
+    def update(fragment: int, status: str) -> dict:
+        rows = [{"frame_id": f"{fragment:04d}-{i}", "status": status} for i in range(2)]
+        return store.write_updates("candidates", fragment, rows)
+
+    old, good = update(0, "dropped"), update(1, "kept")
+    new = update(0, "kept")
+    committer = Committer(store, "candidates", every=9)
+    if change == "compaction":
+        compact(store, "candidates", rows=6, older_than=timedelta(0))
+    elif change == "removal":
+        store.remove("candidates", {"0000-2"})
+    else:
+        committer.add(new)
+        if change == "update":
+            committer.flush()
+    before = store.table("candidates").version
+    for entry in (good, old):
+        committer.add(entry)
+    with pytest.raises(NotFinished, match=r"Fragment\(s\) \[.*0\] .* run the same command again"):
+        committer.flush()
+    assert store.table("candidates").version == before  # a transaction is made whole or not at all
+    assert _statuses(store)["0000-0"] == ("kept" if change == "update" else None)
+    if change == "update":
+        again = Committer(store, "candidates", every=2)
+        for entry in (update(0, "failed"), good):
+            again.add(entry)
+        assert set(_statuses(store).values()) == {"failed", "kept", None}
+
+
+def test_a_doubled_update_changes_nothing(store: Store) -> None:
+    Committer(store, "candidates", every=1).add(store.write_unit("candidates", "u0", _rows(0)))
+    entry = store.write_updates("candidates", 0, [{"frame_id": "0000-0", "status": "kept"}])
+    committer = Committer(store, "candidates", every=2)
+    for _ in range(4):  # in one commit, and in the next
+        committer.add(entry)
+    assert _statuses(store)["0000-0"] == "kept"
+    assert store.table("candidates").version == 3
 
 
 def test_there_is_one_writer_and_its_lock_dies_with_it(store: Store) -> None:

@@ -21,10 +21,11 @@ import numpy as np
 
 from factory.picture import decode_image, encode_jpeg
 from factory.scores import scores
-from factory.selection import SelectionConfig, select
+from factory.selection import SelectionConfig
 from factory.signature import changed_share
 from factory.toon import Pose, Scene, draw, random_figure, random_pose, random_scene
 from factory.toon.traits import BACKGROUNDS, CLOTHES, EXPRESSIONS, HAIR
+from tests.selecting import select
 
 SIZE = (640, 360)
 SAME, OTHER = 0.002, 0.0035

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from factory.bars import find_bars
 from factory.picture import decode_image, encode_jpeg
 from factory.scores import scores
-from factory.selection import SelectionConfig, select
+from factory.selection import SelectionConfig
 from factory.toon import draw, random_pose, random_scene
+from tests.selecting import select
 
 SEEDS = range(100, 160)
 SIZES = ((480, 270), (640, 360), (854, 480), (1280, 720))
