@@ -86,8 +86,9 @@ def _film(segment: Segment, config: VideoConfig) -> Film:
 def _wanted(times: np.ndarray, keys: list[float], segment: Segment, config: VideoConfig) -> list[int]:
     """Return the indices of the frames that decide `segment`.
 
-    For shots these are all from the overlap before it to the bound of its last shot and the overlap behind that;
-    otherwise its own key frames, or in it the first frame at or after each multiple of the interval.
+    For shots these are all from the overlap before it to the bound of its last shot and the overlap behind that, with
+    the frames that are shown at both ends: one may be shown for longer than the overlap. Otherwise they are its own key
+    frames, or in it the first frame at or after each multiple of the interval.
     """
     since = times - times[0]
 
@@ -96,11 +97,12 @@ def _wanted(times: np.ndarray, keys: list[float], segment: Segment, config: Vide
 
     if config.frames == "shots":
         context, end = config.context_frames, segment.end + config.max_shot_seconds
-        first = min(at(segment.start) - context, at(segment.start - config.overlap_seconds))
-        last = max(at(end) + context, at(end + config.overlap_seconds))
+        shown = int(np.searchsorted(since, segment.start - config.overlap_seconds, side="right")) - 1
+        first = min(at(segment.start) - context, shown)
+        last = max(at(end) + context, at(end + config.overlap_seconds) + 1)
         return list(range(max(first, 0), min(last, len(times))))
     if config.frames == "keyframes":
-        indices = np.searchsorted(times, keys)
+        indices = np.flatnonzero(np.isin(times, keys))
     else:
         indices = np.flatnonzero(np.diff(np.floor(since / config.interval_seconds + 1e-6), prepend=-1))
     return [int(index) for index in indices if at(segment.start) <= index < at(segment.end)]
