@@ -10,10 +10,10 @@ from fractions import Fraction
 from itertools import chain
 from typing import Any
 
-import cv2
 import numpy as np
 
-from factory.sources import film_stream, open_film, time_stamps
+from factory.sources import film_stream, open_film
+from factory.timeline import picture, square, timeline_of
 from factory.video import REMUX, Segment, VideoConfig
 
 Decoded = tuple[int, float, np.ndarray]  # index, timestamp s, RGB frame H,W,3 uint8
@@ -57,13 +57,12 @@ def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
 def _film(segment: Segment, config: VideoConfig) -> Film:
     from av.error import FFmpegError
 
-    with open_film(segment.uri) as container:
-        stamps = time_stamps(container)
-    times = np.asarray(stamps.times)
+    timeline = timeline_of(segment, config)
+    times, keys = timeline.times, timeline.keys
     if np.any(np.diff(times) <= 0):
         raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")
-    wanted = _wanted(times, stamps.keys, segment, config)
-    first = times[wanted[0]] if wanted else times[0]
+    wanted = _wanted(times, keys, segment, config)
+    before = max(wanted[0] - 1, 0) if wanted else 0  # deinterlacing looks one frame back, or one key frame
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
@@ -71,19 +70,20 @@ def _film(segment: Segment, config: VideoConfig) -> Film:
             frame = next(container.decode(stream))
         except (FFmpegError, StopIteration) as error:
             raise RuntimeError(f"not one frame can be decoded: {getattr(error, 'strerror', 'the end')}") from error
-        interlaced = frame.interlaced_frame or stream.codec_context.field_order > 1  # 1 is progressive
         return Film(
             times=times,
             wanted=wanted,
-            entry=stamps.keys[int(np.searchsorted(stamps.keys, first, side="right")) - 1],
+            entry=float(keys[int(np.searchsorted(keys, times[before], side="right")) - 1]),
             size=(stream.width, stream.height),
             pixel_aspect=stream.sample_aspect_ratio or Fraction(1),
-            interlaced=interlaced,
-            for_decord=_is_for_decord(container.format.name, frame, unseen=stamps.unseen, interlaced=interlaced),
+            interlaced=timeline.interlaced,
+            for_decord=_is_for_decord(
+                container.format.name, frame, unseen=timeline.unseen, interlaced=timeline.interlaced
+            ),
         )
 
 
-def _wanted(times: np.ndarray, keys: list[float], segment: Segment, config: VideoConfig) -> list[int]:
+def _wanted(times: np.ndarray, keys: np.ndarray, segment: Segment, config: VideoConfig) -> list[int]:
     """Return the indices of the frames that decide `segment`.
 
     For shots these are all from the overlap before it to the bound of its last shot and the overlap behind that, with
@@ -129,14 +129,13 @@ def _by_decord(film: Film, segment: Segment, config: VideoConfig) -> Iterator[De
     for low in range(0, len(film.wanted), step):
         indices = film.wanted[low : low + step]
         for index, image in zip(indices, reader.get_batch(indices).asnumpy(), strict=True):
-            yield index, float(film.times[index] - film.times[0]), _square(image, film.pixel_aspect)
+            yield index, float(film.times[index] - film.times[0]), square(image, film.pixel_aspect)
 
 
 def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     from av.error import FFmpegError
     from av.video.reformatter import VideoReformatter
 
-    width, height = film.size
     start = film.times[film.wanted[0]]
     reformatter = VideoReformatter()
     missing = deque(film.wanted)
@@ -161,9 +160,8 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
                 while missing and missing[0] < index:  # the decoder left it out
                     missing.popleft()
                 if missing and missing[0] == index:
-                    rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-                    image = np.rot90(_square(rgb, film.pixel_aspect), frame.rotation // 90)
-                    yield index, float(film.times[index] - film.times[0]), np.ascontiguousarray(image)
+                    image = picture(frame, film.size, film.pixel_aspect, reformatter)
+                    yield index, float(film.times[index] - film.times[0]), image
                     missing.popleft()
                 if not missing:
                     return
@@ -194,12 +192,3 @@ def _deinterlaced(frames: Iterator[Any], stream: Any) -> Iterator[Any]:
         with contextlib.suppress(BlockingIOError, EOFError):  # it looks one frame ahead
             while True:
                 yield graph.pull()
-
-
-def _square(image: np.ndarray, pixel_aspect: Fraction) -> np.ndarray:
-    """Return the image H,W,3 with square pixels in place of `pixel_aspect` times as wide as high: one side grows."""
-    if pixel_aspect == 1:
-        return image
-    height, width = image.shape[:2]
-    size = (round(width * max(pixel_aspect, 1)), round(height / min(pixel_aspect, 1)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
