@@ -46,7 +46,7 @@ class FilmBars(NamedTuple):
     seen: tuple[Bars, ...] | None = None  # those of enough frames to be believed; None: too few frames to say
 
     def of(self, grey: np.ndarray) -> Bars:
-        """Return the bars of the film's uint8 frame H,W: its own if such are the film's, else those the film always has.
+        """Return the bars of the film's uint8 frame H,W: its own if such are the film's, else those it always has.
 
         A dark frame between bars is cropped as its neighbours are, and one between dark edges isn't.
         """

@@ -21,6 +21,9 @@ Decoded = tuple[int, float, np.ndarray]  # index, timestamp s, RGB frame H,W,3 u
 # Demuxers of FFmpeg's in which Decord finds the frame that it is asked for. Elsewhere (MPEG-TS and -PS, AVI and ASF
 # with B-frames) it jumps to the wrong key frame and gives frames of another time.
 _DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "gif")
+# Demuxers in which a jump to some time lands before the frames of that time; elsewhere the film is read up to them.
+_JUMP_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
+_JUMP_SECONDS = 5.0  # this far before: MPEG-TS lands where the bytes are, which belong to later frames
 _DECORD_WIDTH = 160  # pixels; below, its batches of some widths (32, 48, 96, 144) fail
 
 
@@ -140,12 +143,15 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
     reformatter = VideoReformatter()
     missing = deque(film.wanted)
     index = missing[0] - 1
+    jumps = _jump_lands(film.entry, segment.uri)
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
         if config.frames == "keyframes":
             stream.codec_context.skip_frame = "NONKEY"
         try:
+            if jumps:
+                _jump(film.entry, container, stream)
             frames = _frames_from(film.entry, container, stream)
             for frame in _deinterlaced(frames, stream) if film.interlaced else frames:
                 if frame.time is None:
@@ -171,11 +177,30 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
         raise RuntimeError(f"the decoder ended before frame {missing[0] + 1} of {len(film.times)}. {REMUX}")
 
 
+def _jump_lands(entry: float, uri: str) -> bool:
+    """Return whether, in the film at `uri`, a jump comes out before the key frame at `entry` (s), which then comes."""
+    from av.error import FFmpegError
+
+    with open_film(uri) as container, contextlib.suppress(FFmpegError):
+        stream = film_stream(container)
+        if container.format.name in _JUMP_FORMATS:
+            _jump(entry, container, stream)
+            keys = (packet.pts for packet in container.demux(stream) if packet.is_keyframe and packet.pts is not None)
+            times = (float(pts * stream.time_base) for pts in keys)
+            return next((time for time in times if time >= entry), None) == entry
+    return False
+
+
+def _jump(entry: float, container: Any, stream: Any) -> None:
+    container.seek(round((entry - _JUMP_SECONDS) / stream.time_base), stream=stream)
+
+
 def _frames_from(entry: float, container: Any, stream: Any) -> Iterator[Any]:
-    """Yield PyAV's frames from the key frame at `entry` (s) on; it is read up to, as a jump is not sure to hit it."""
+    """Yield PyAV's frames from the key frame at `entry` (s) on, which is read up to."""
     reached = False
     for packet in container.demux(stream):
-        reached = reached or (packet.is_keyframe and float(packet.pts * stream.time_base) == entry)
+        if not reached and packet.is_keyframe and packet.pts is not None:
+            reached = float(packet.pts * stream.time_base) == entry
         if reached:
             yield from packet.decode()
 
