@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from factory import still
-from factory.bars import find_bars
+from factory.bars import FilmBars
 from factory.cuts import starts_shot
 from factory.decode import decode, decode_in_order
 from factory.fetch import SourceChanged, check_unchanged
@@ -24,6 +24,7 @@ from factory.picture import encode_jpeg
 from factory.schema import frame_id
 from factory.scores import scores
 from factory.shots import Shot, find_shots
+from factory.timeline import timeline_of
 from factory.video import Segment, VideoConfig
 
 
@@ -39,15 +40,16 @@ def candidate_frames(
     """
     cv2.setNumThreads(1)
     frames = {"decord": decode, "av": decode_in_order}[decoder]
+    row = functools.partial(_row, segment, config, timeline_of(segment, config).bars)
     if config.frames == "shots":
         for shot in _shots(segment, config, frames):
             if shot.start >= segment.start:
                 best = shot.best
                 at = {"index": best.look.index, "timestamp": best.look.timestamp}
-                yield _row(segment, best.image, config, **at, start=shot.start, end=shot.end)
+                yield row(best.image, **at, start=shot.start, end=shot.end)
     else:
         for index, timestamp, image in frames(segment, config):
-            yield _row(segment, image, config, index=index, timestamp=timestamp, start=timestamp, end=timestamp)
+            yield row(image, index=index, timestamp=timestamp, start=timestamp, end=timestamp)
 
 
 def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator[dict[str, Any]]:
@@ -63,7 +65,7 @@ def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator
             yield {"source_id": segment.source_id, "error": f"decode: {error.strerror or error}"}
             continue
         try:
-            row = _row(segment, still.decode(data), config)
+            row = _row(segment, config, FilmBars(), still.decode(data))
         except Exception as error:  # any file may be here: the libraries' own errors are many
             row = failed_candidate(segment, 0.0, " ".join(str(error).split()))
         yield row
@@ -103,15 +105,16 @@ def _read_unchanged(segment: Segment) -> bytes:
 
 def _row(
     segment: Segment,
-    image: np.ndarray,
     config: VideoConfig,
+    film_bars: FilmBars,
+    image: np.ndarray,
     *,
     index: int = 0,
     timestamp: float = 0.0,
     start: float = 0.0,
     end: float = 0.0,
 ) -> dict[str, Any]:
-    bars = find_bars(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+    bars = film_bars.of(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
     picture = bars.cropped(image) if config.crop_bars else image
     found = scores(picture)
     below = found["subtitle_height"]

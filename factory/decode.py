@@ -10,10 +10,10 @@ from fractions import Fraction
 from itertools import chain
 from typing import Any
 
-import cv2
 import numpy as np
 
-from factory.sources import film_stream, open_film, time_stamps
+from factory.sources import film_stream, open_film
+from factory.timeline import picture, square, timeline_of
 from factory.video import REMUX, Segment, VideoConfig
 
 Decoded = tuple[int, float, np.ndarray]  # index, timestamp s, RGB frame H,W,3 uint8
@@ -21,6 +21,9 @@ Decoded = tuple[int, float, np.ndarray]  # index, timestamp s, RGB frame H,W,3 u
 # Demuxers of FFmpeg's in which Decord finds the frame that it is asked for. Elsewhere (MPEG-TS and -PS, AVI and ASF
 # with B-frames) it jumps to the wrong key frame and gives frames of another time.
 _DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "gif")
+# Demuxers in which a jump to some time lands before the frames of that time; elsewhere the film is read up to them.
+_JUMP_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
+_JUMP_SECONDS = 5.0  # this far before: MPEG-TS lands where the bytes are, which belong to later frames
 _DECORD_WIDTH = 160  # pixels; below, its batches of some widths (32, 48, 96, 144) fail
 
 
@@ -57,13 +60,12 @@ def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
 def _film(segment: Segment, config: VideoConfig) -> Film:
     from av.error import FFmpegError
 
-    with open_film(segment.uri) as container:
-        stamps = time_stamps(container)
-    times = np.asarray(stamps.times)
+    timeline = timeline_of(segment, config)
+    times, keys = timeline.times, timeline.keys
     if np.any(np.diff(times) <= 0):
         raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")
-    wanted = _wanted(times, stamps.keys, segment, config)
-    first = times[wanted[0]] if wanted else times[0]
+    wanted = _wanted(times, keys, segment, config)
+    before = max(wanted[0] - 1, 0) if wanted else 0  # deinterlacing looks one frame back, or one key frame
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
@@ -71,23 +73,25 @@ def _film(segment: Segment, config: VideoConfig) -> Film:
             frame = next(container.decode(stream))
         except (FFmpegError, StopIteration) as error:
             raise RuntimeError(f"not one frame can be decoded: {getattr(error, 'strerror', 'the end')}") from error
-        interlaced = frame.interlaced_frame or stream.codec_context.field_order > 1  # 1 is progressive
         return Film(
             times=times,
             wanted=wanted,
-            entry=stamps.keys[int(np.searchsorted(stamps.keys, first, side="right")) - 1],
+            entry=float(keys[int(np.searchsorted(keys, times[before], side="right")) - 1]),
             size=(stream.width, stream.height),
             pixel_aspect=stream.sample_aspect_ratio or Fraction(1),
-            interlaced=interlaced,
-            for_decord=_is_for_decord(container.format.name, frame, unseen=stamps.unseen, interlaced=interlaced),
+            interlaced=timeline.interlaced,
+            for_decord=_is_for_decord(
+                container.format.name, frame, unseen=timeline.unseen, interlaced=timeline.interlaced
+            ),
         )
 
 
-def _wanted(times: np.ndarray, keys: list[float], segment: Segment, config: VideoConfig) -> list[int]:
+def _wanted(times: np.ndarray, keys: np.ndarray, segment: Segment, config: VideoConfig) -> list[int]:
     """Return the indices of the frames that decide `segment`.
 
-    For shots these are all from the overlap before it to the bound of its last shot and the overlap behind that;
-    otherwise its own key frames, or in it the first frame at or after each multiple of the interval.
+    For shots these are all from the overlap before it to the bound of its last shot and the overlap behind that, with
+    the frames that are shown at both ends: one may be shown for longer than the overlap. Otherwise they are its own key
+    frames, or in it the first frame at or after each multiple of the interval.
     """
     since = times - times[0]
 
@@ -96,11 +100,12 @@ def _wanted(times: np.ndarray, keys: list[float], segment: Segment, config: Vide
 
     if config.frames == "shots":
         context, end = config.context_frames, segment.end + config.max_shot_seconds
-        first = min(at(segment.start) - context, at(segment.start - config.overlap_seconds))
-        last = max(at(end) + context, at(end + config.overlap_seconds))
+        shown = int(np.searchsorted(since, segment.start - config.overlap_seconds, side="right")) - 1
+        first = min(at(segment.start) - context, shown)
+        last = max(at(end) + context, at(end + config.overlap_seconds) + 1)
         return list(range(max(first, 0), min(last, len(times))))
     if config.frames == "keyframes":
-        indices = np.searchsorted(times, keys)
+        indices = np.flatnonzero(np.isin(times, keys))
     else:
         indices = np.flatnonzero(np.diff(np.floor(since / config.interval_seconds + 1e-6), prepend=-1))
     return [int(index) for index in indices if at(segment.start) <= index < at(segment.end)]
@@ -127,24 +132,26 @@ def _by_decord(film: Film, segment: Segment, config: VideoConfig) -> Iterator[De
     for low in range(0, len(film.wanted), step):
         indices = film.wanted[low : low + step]
         for index, image in zip(indices, reader.get_batch(indices).asnumpy(), strict=True):
-            yield index, float(film.times[index] - film.times[0]), _square(image, film.pixel_aspect)
+            yield index, float(film.times[index] - film.times[0]), square(image, film.pixel_aspect)
 
 
 def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     from av.error import FFmpegError
     from av.video.reformatter import VideoReformatter
 
-    width, height = film.size
     start = film.times[film.wanted[0]]
     reformatter = VideoReformatter()
     missing = deque(film.wanted)
     index = missing[0] - 1
+    jumps = _jump_lands(film.entry, segment.uri)
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
         if config.frames == "keyframes":
             stream.codec_context.skip_frame = "NONKEY"
         try:
+            if jumps:
+                _jump(film.entry, container, stream)
             frames = _frames_from(film.entry, container, stream)
             for frame in _deinterlaced(frames, stream) if film.interlaced else frames:
                 if frame.time is None:
@@ -159,9 +166,8 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
                 while missing and missing[0] < index:  # the decoder left it out
                     missing.popleft()
                 if missing and missing[0] == index:
-                    rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-                    image = np.rot90(_square(rgb, film.pixel_aspect), frame.rotation // 90)
-                    yield index, float(film.times[index] - film.times[0]), np.ascontiguousarray(image)
+                    image = picture(frame, film.size, film.pixel_aspect, reformatter)
+                    yield index, float(film.times[index] - film.times[0]), image
                     missing.popleft()
                 if not missing:
                     return
@@ -171,11 +177,30 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
         raise RuntimeError(f"the decoder ended before frame {missing[0] + 1} of {len(film.times)}. {REMUX}")
 
 
+def _jump_lands(entry: float, uri: str) -> bool:
+    """Return whether, in the film at `uri`, a jump comes out before the key frame at `entry` (s), which then comes."""
+    from av.error import FFmpegError
+
+    with open_film(uri) as container, contextlib.suppress(FFmpegError):
+        stream = film_stream(container)
+        if container.format.name in _JUMP_FORMATS:
+            _jump(entry, container, stream)
+            keys = (packet.pts for packet in container.demux(stream) if packet.is_keyframe and packet.pts is not None)
+            times = (float(pts * stream.time_base) for pts in keys)
+            return next((time for time in times if time >= entry), None) == entry
+    return False
+
+
+def _jump(entry: float, container: Any, stream: Any) -> None:
+    container.seek(round((entry - _JUMP_SECONDS) / stream.time_base), stream=stream)
+
+
 def _frames_from(entry: float, container: Any, stream: Any) -> Iterator[Any]:
-    """Yield PyAV's frames from the key frame at `entry` (s) on; it is read up to, as a jump is not sure to hit it."""
+    """Yield PyAV's frames from the key frame at `entry` (s) on, which is read up to."""
     reached = False
     for packet in container.demux(stream):
-        reached = reached or (packet.is_keyframe and float(packet.pts * stream.time_base) == entry)
+        if not reached and packet.is_keyframe and packet.pts is not None:
+            reached = float(packet.pts * stream.time_base) == entry
         if reached:
             yield from packet.decode()
 
@@ -192,12 +217,3 @@ def _deinterlaced(frames: Iterator[Any], stream: Any) -> Iterator[Any]:
         with contextlib.suppress(BlockingIOError, EOFError):  # it looks one frame ahead
             while True:
                 yield graph.pull()
-
-
-def _square(image: np.ndarray, pixel_aspect: Fraction) -> np.ndarray:
-    """Return the image H,W,3 with square pixels in place of `pixel_aspect` times as wide as high: one side grows."""
-    if pixel_aspect == 1:
-        return image
-    height, width = image.shape[:2]
-    size = (round(width * max(pixel_aspect, 1)), round(height / min(pixel_aspect, 1)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)

@@ -40,10 +40,15 @@ def check_unchanged(segment: Segment) -> None:
         raise SourceChanged(f"{segment.uri} changed after it was hashed. Build again.")
 
 
+def cache_folder(config: VideoConfig) -> Path:
+    """Return the folder in which this node keeps what it fetched and what it found out about films."""
+    return Path(config.cache_folder or os.path.join(tempfile.gettempdir(), f"animesketch-cache-{os.getuid()}"))
+
+
 @contextlib.contextmanager
 def _cached(segment: Segment, config: VideoConfig) -> Iterator[Path]:
     """Yield the cached copy of an object, kept from eviction by a shared lock on it; fetch it where there is none."""
-    folder = Path(config.cache_folder or os.path.join(tempfile.gettempdir(), f"animesketch-cache-{os.getuid()}"))
+    folder = cache_folder(config)
     path = folder / segment.source_id
     with contextlib.ExitStack() as held:
         if not _hold(path, held):

@@ -55,7 +55,9 @@ def find_shots(
     failures: list[Exception] = []
     for frame, starts, settled in _judged(_readable(frames, failures), starts_shot, config):
         now = frame.look.timestamp
-        if frame.look.blank:
+        if shot is None and now >= until:
+            return
+        if frame.look.blank or (shot is None and not starts):
             continue
         if shot is None or starts:
             if shot is not None:
@@ -86,12 +88,12 @@ def _judged(
     waiting: deque[Frame] = deque()
 
     def judged() -> tuple[Frame, bool, bool]:
-        place = len(looks) - len(waiting)
         frame = waiting.popleft()
-        verdict = frame, starts_shot(looks, place), is_settled(looks, place, config)
-        while len(looks) > 1 and looks[1].timestamp < frame.look.timestamp - 2 * config.reach_seconds:
+        # What is kept depends on the frame alone, not on where decoding began.
+        while looks[0] is not frame.look and looks[1].timestamp <= frame.look.timestamp - 2 * config.reach_seconds:
             del looks[0]
-        return verdict
+        place = len(looks) - len(waiting) - 1
+        return frame, starts_shot(looks, place), is_settled(looks, place, config)
 
     for index, timestamp, image in frames:
         small = scores.reduced(image)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from factory.settings import STRICT
 
-VERSION = "4"  # raised when the same file would give other candidates
+VERSION = "5"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = (
     "segment_seconds",

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from factory.bars import Bars, find_bars
+from factory.bars import Bars, FilmBars, film_bars, find_bars, profile_of
 from factory.picture import decode_image, encode_jpeg
 from factory.toon import draw, random_scene
 
@@ -59,3 +59,43 @@ def test_cropped_is_what_lies_between() -> None:
     image = np.arange(8 * 10 * 3, dtype=np.uint8).reshape(8, 10, 3)
     assert np.array_equal(Bars(1, 2, 3, 0).cropped(image), image[1:6, 3:])
     assert np.array_equal(Bars().cropped(image), image)
+
+
+def _bright(count: int, top: int = 0, side: int = 0) -> list[np.ndarray]:
+    rng = random.Random(9)
+    size = (320 - 2 * side, 180 - 2 * top)
+    drawn = [draw(random_scene(rng, lighting="day"), size).image for _ in range(count)]
+    return [_grey(_framed(picture, top, side, 4.0)) for picture in drawn]
+
+
+def test_a_frame_with_dark_edges_keeps_them_where_the_film_has_none() -> None:
+    frames = _bright(11)
+    slit = frames[0].copy()
+    slit[:24] = slit[-24:] = 8
+    assert find_bars(slit).top > 20
+    found = film_bars([profile_of(frame) for frame in [slit, *frames[1:]]])
+    assert found.of(slit) == Bars()
+
+
+def test_a_dark_frame_is_cropped_as_the_rest_of_its_film() -> None:
+    frames = _bright(12, top=24)
+    found = film_bars([profile_of(frame) for frame in frames])
+    assert find_bars(frames[0] // 6) == Bars()
+    assert found.of(frames[0] // 6) == found.always
+    assert 24 <= found.always.top <= 27
+
+
+def test_parts_of_a_film_may_have_bars_of_their_own() -> None:
+    wide, narrow = _bright(9, top=24), _bright(3, side=40)
+    found = film_bars([profile_of(frame) for frame in [*wide, *narrow]])
+    assert found.always == Bars()
+    for frame in (*wide, *narrow):
+        assert found.of(frame) == find_bars(frame) != Bars()
+    assert FilmBars.from_array(found.to_array()) == found
+
+
+def test_too_few_frames_say_nothing_of_their_film() -> None:
+    (frame,) = _bright(1, top=24)
+    found = film_bars([profile_of(frame)])
+    assert found.of(frame) == find_bars(frame) != Bars()
+    assert FilmBars.from_array(found.to_array()) == found

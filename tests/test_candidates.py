@@ -13,7 +13,7 @@ from factory import schema
 from factory.picture import decode_image
 from factory.toon import draw, plan_clip, random_scene, write_clip
 from factory.video import VideoConfig
-from tests.footage import candidates
+from tests.footage import candidates, patterns, write_film
 from tests.test_scores import LINES, written
 
 
@@ -32,6 +32,15 @@ def test_bars_are_cut_off_and_recorded(letterboxed: Path) -> None:
         picture = decode_image(row["image"])
         assert picture.shape[:2] == (row["height"], row["width"]) == (270 - row["bar_top"] - row["bar_bottom"], 480)
     schema.to_table("candidates", rows)  # every column has its type
+
+
+def test_a_shot_between_dark_edges_is_whole_where_the_film_has_no_bars(tmp_path: Path) -> None:
+    frames = patterns(8, 12)
+    for frame in frames[36:48]:
+        frame[:30] = frame[-30:] = 0
+    rows = candidates(write_film(tmp_path / "f.mp4", frames, gop=12), VideoConfig(segment_seconds=1))
+    assert len(rows) == 8
+    assert {(row["height"], row["bar_top"], row["bar_bottom"]) for row in rows} == {(180, 0, 0)}
 
 
 def test_bars_can_be_kept(letterboxed: Path) -> None:

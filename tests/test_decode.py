@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import av
 import numpy as np
 import pytest
 
+from factory import decode as decode_module
 from factory.decode import Decoded, _film, decode, decode_in_order
 from factory.sources import describe_source, segments_of
 from factory.video import Segment, VideoConfig
@@ -30,9 +32,9 @@ def from_second(path: Path, start: float) -> Segment:
     return replace(whole(path), start=start + CONFIG.overlap_seconds)
 
 
-def shown(segment: Segment) -> list[tuple[int, int, float]]:
+def shown(segment: Segment, decoder: Callable = decode) -> list[tuple[int, int, float]]:
     """Index, the number that the frame carries, and time in ms."""
-    return [(index, number_of(image), round(time * 1000)) for index, time, image in decode(segment, CONFIG)]
+    return [(index, number_of(image), round(time * 1000)) for index, time, image in decoder(segment, CONFIG)]
 
 
 FILMS = {
@@ -66,7 +68,7 @@ FILMS = {
 def test_every_frame_is_the_one_of_its_time(tmp_path: Path, name: str) -> None:
     path = write_film(tmp_path / name, numbered(COUNT), **FILMS[name])
     expected = [(i, i, round(i * 1000 / 24)) for i in range(COUNT)]
-    for segment, frames in ((whole(path), expected), (from_second(path, 0.8), expected[20:])):
+    for segment, frames in ((whole(path), expected), (from_second(path, 0.84), expected[20:])):
         found = shown(segment)
         assert [frame[:2] for frame in found] == [frame[:2] for frame in frames]
         assert [frame[2] for frame in found] == pytest.approx([frame[2] for frame in frames], abs=1)
@@ -79,6 +81,30 @@ def test_time_is_the_stream_s_own(tmp_path: Path, name: str) -> None:
     path = write_film(tmp_path / name, numbered(COUNT), times=times)
     assert shown(whole(path)) == [(i, i, time - 500) for i, time in enumerate(times)]
     assert shown(from_second(path, 2.8)) == [(i, i, time - 500) for i, time in enumerate(times) if time >= 3300]
+
+
+JUMPED = {
+    "h264.mp4": {"encoder": {"bf": "4"}},
+    "open-gop.mkv": {"encoder": {"x264-params": "open-gop=1:bframes=4:keyint=12:scenecut=0"}},
+    "h264.ts": {"encoder": {"bf": "4"}},
+    "mpeg2-interlaced.ts": {"codec": "mpeg2video", "encoder": {"flags": "+ildct+ilme"}},
+    "hevc.ts": {"codec": "libx265", "encoder": X265},
+}
+
+
+@pytest.mark.parametrize("name", JUMPED)
+def test_a_jump_gives_the_frames_that_reading_up_to_them_gives(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_film(tmp_path / name, numbered(256), rate=12, **JUMPED[name])
+    jumps, jump = [], decode_module._jump
+    monkeypatch.setattr(decode_module, "_jump", lambda *args: jumps.append(args[0]) or jump(*args))
+    jumped = [frame[:2] for frame in shown(from_second(path, 15), decode_in_order)]
+    assert jumped == [(i, i) for i in range(180, 256)]
+    assert len(jumps) == 2
+    monkeypatch.setattr(decode_module, "_JUMP_FORMATS", ())
+    assert [frame[:2] for frame in shown(from_second(path, 15), decode_in_order)] == jumped
+    assert len(jumps) == 2
 
 
 def test_a_gif_shows_its_frames(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace, ColorTrc
 from factory.decode import decode, decode_in_order
 from factory.sources import describe_source, segments_of
 from factory.video import VideoConfig
-from tests.footage import patterns, write_film
+from tests.footage import candidates, join, patterns, write_film
 
 COLOURS = np.uint8([[200, 60, 40], [40, 180, 70], [50, 60, 220], [230, 230, 30], [128, 128, 128], [250, 250, 250]])
 # Weights of red and blue in luma (ITU-T H.273, table 4)
@@ -124,18 +124,61 @@ def test_a_turned_film_is_shown_upright(tmp_path: Path, rotation: int, side: str
         assert {name for name, edge in edges.items() if edge.mean() > 200} == {side}
 
 
-def test_interlaced_frames_lose_their_combs(tmp_path: Path) -> None:
+def woven(fields: list[np.ndarray]) -> list[np.ndarray]:
     """Two fields of a moving edge, woven into one frame as a camera does."""
-    fields = [np.where(np.arange(320) < 40 + 10 * i, 220, 30).astype(np.uint8) for i in range(24)]
-    woven = []
+    frames = []
     for even, odd in zip(fields[::2], fields[1::2], strict=True):
         picture = np.empty((192, 320, 3), np.uint8)
         picture[::2], picture[1::2] = even[None, :, None], odd[None, :, None]
-        woven.append(picture)
+        frames.append(picture)
+    return frames
+
+
+def combs(image: np.ndarray) -> float:
+    return np.abs(np.diff(image[:, :, 1].astype(int), axis=0)).mean()
+
+
+FIELDS = [np.where(np.arange(320) < 40 + 10 * i, 220, 30).astype(np.uint8) for i in range(24)]
+
+
+def test_interlaced_frames_lose_their_combs(tmp_path: Path) -> None:
+    frames = woven(FIELDS)
     encoder = {"x264-params": "tff=1"}
-    path = write_film(tmp_path / "film.mp4", woven, encoder=encoder, pix_fmt="yuv444p")
+    path = write_film(tmp_path / "film.mp4", frames, encoder=encoder, pix_fmt="yuv444p")
     for number, image in enumerate(pictures(path)):
+        assert combs(frames[number]) > 5
+        assert combs(image) < 1
         grey = image[:, :, 1].astype(int)
-        assert np.abs(np.diff(woven[number][:, :, 1].astype(int), axis=0)).mean() > 5
-        assert np.abs(np.diff(grey, axis=0)).mean() < 1
-        assert min(np.abs(grey[96] - fields[2 * number + i]).mean() for i in (0, 1)) < 1  # one moment
+        assert min(np.abs(grey[96] - FIELDS[2 * number + i]).mean() for i in (0, 1)) < 1  # one moment
+
+
+def interlaced_late(folder: Path) -> Path:
+    """Write a film that begins with twelve progressive frames, a second of them."""
+    still = [np.repeat(np.repeat(FIELDS[0][None, :, None], 192, 0), 3, 2)] * 12
+    options = {"pix_fmt": "yuv444p", "rate": 12, "gop": 6}
+    params = "repeat-headers=1:bframes=0"
+    parts = [
+        write_film(folder / "a.mkv", still, encoder={"x264-params": params}, **options),
+        write_film(folder / "b.mkv", woven(FIELDS) * 2, encoder={"x264-params": f"{params}:tff=1"}, **options),
+    ]
+    return join(folder / "film.mkv", parts)
+
+
+def test_a_film_that_begins_progressive_loses_its_combs_too(tmp_path: Path) -> None:
+    images = pictures(interlaced_late(tmp_path))
+    assert len(images) == 36
+    assert max(combs(image) for image in images) < 1
+
+
+@pytest.mark.parametrize("frames", ["shots", "keyframes", "interval"])
+def test_interlaced_films_give_the_same_rows_for_any_segment_length(tmp_path: Path, frames: str) -> None:
+    texture = np.random.default_rng(0).integers(40, 220, (192, 320, 3), np.uint8)
+    options = {"gop": 6, "rate": 12, "encoder": {"x264-params": "tff=1"}}
+    path = write_film(tmp_path / "f.mkv", [np.roll(texture, i // 18, 0) for i in range(48)], **options)
+
+    def rows(seconds: float) -> list[tuple]:
+        config = VideoConfig(segment_seconds=seconds, frames=frames, interval_seconds=0.5)
+        return [(row["frame_id"], row["image_sha256"]) for row in candidates(path, config)]
+
+    assert len(rows(300)) >= (5 if frames != "shots" else 1)
+    assert rows(0.5) == rows(300)

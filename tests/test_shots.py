@@ -67,6 +67,60 @@ def test_the_rows_are_the_same_for_any_segment_length(tmp_path: Path, frames: st
         assert rows(seconds) == whole
 
 
+def uneven(path: Path, seed: int) -> Path:
+    """Write a film of poses that are one frame each, for up to six seconds, and of moving parts, flashes and black."""
+    rng = np.random.default_rng(seed)
+    pictures = patterns(12, 1)
+    frames, times, now, shown = [], [], 0, pictures[0]
+    for _ in range(40):
+        kind = rng.choice(["held", "held", "cut", "moving", "flash", "black"])
+        if kind in ("cut", "flash"):
+            before, shown = shown, pictures[rng.integers(12)]
+        run = {"moving": 6, "flash": 2}.get(kind, 1)
+        for i in range(run):
+            frames.append(np.zeros_like(shown) if kind == "black" else np.roll(shown, i + int(rng.integers(9)), 1))
+            times.append(now)
+            now += 40 if i < run - 1 or kind == "flash" else int(rng.choice([40, 120, 700, 1500, 2600, 6100]))
+        if kind == "flash":
+            shown = before
+    return write_film(path, frames, times=times, gop=int(rng.integers(1, 6)))
+
+
+@pytest.mark.parametrize(
+    ("seed", "frames"), [(0, "shots"), (1, "shots"), (2, "shots"), (1, "keyframes"), (1, "interval")]
+)
+def test_frames_further_apart_than_the_overlap_give_the_same_rows(tmp_path: Path, seed: int, frames: str) -> None:
+    path = uneven(tmp_path / "f.mkv", seed)
+
+    def rows(seconds: float, overlap: float = 1.0) -> list[dict]:
+        config = VideoConfig(segment_seconds=seconds, frames=frames, overlap_seconds=overlap, max_shot_seconds=5)
+        found = candidates(path, config)
+        return [{name: value for name, value in row.items() if name != "segment_id"} for row in found]
+
+    whole = rows(1000)
+    assert len(whole) >= 8
+    for seconds in (2, 7):
+        assert rows(seconds) == whole
+    assert rows(2, overlap=3) == whole
+
+
+def test_what_flashes_up_after_a_long_black_is_no_shot_in_any_segment(tmp_path: Path) -> None:
+    one, flash, two = patterns(3, 24)[:24], patterns(3, 24)[24:26], patterns(3, 24)[48:]
+    black = [np.zeros_like(one[0])] * 72
+    path = write_film(tmp_path / "f.mp4", [*one, *black, *flash, *two], gop=12)
+    for seconds in (1, 2, 300):
+        rows = candidates(path, VideoConfig(segment_seconds=seconds, overlap_seconds=1))
+        assert [round(row["shot_start"] * 24) for row in rows] == [0, 98]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_film_shorter_than_the_overlap_is_one_shot(tmp_path: Path, count: int) -> None:
+    path = write_film(tmp_path / "f.mkv", patterns(1, count), gop=3)
+    found = [[row["frame_id"] for row in candidates(path, VideoConfig(segment_seconds=s))] for s in (0.1, 300)]
+    assert found[0] == found[1]
+    assert len(found[0]) == 1
+
+
 def counted(path: Path) -> Path:
     """Write five seconds of frames that carry their number."""
     return write_film(path, numbered(120, (320, 192)), gop=30)
