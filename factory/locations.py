@@ -22,6 +22,10 @@ _OPTIONS = {"s3": "", "gs": "?retry_limit_seconds=30"}
 _PIECE = 8 << 20  # bytes
 
 
+class NoFile(FileNotFoundError):
+    """What is at a location is no file."""
+
+
 def normal(location: str) -> str:
     """Return `location` as it is recorded: an absolute path, or an object-store URI with its path percent-encoded.
 
@@ -122,13 +126,13 @@ def stamp(location: str) -> tuple[int, int]:
     if is_remote(location):
         info = _store(location).get_file_info(str(path_of(location)))
         if info.type != fs.FileType.File:
-            raise FileNotFoundError("there is no such object")
+            raise NoFile("there is no such object")
         return info.size, info.mtime_ns
     found = os.stat(location)
     if stat.S_ISDIR(found.st_mode):
-        raise OSError("it is a folder that may not be listed")
+        raise NoFile("it is a folder that may not be listed")
     if not stat.S_ISREG(found.st_mode):
-        raise OSError("it is no regular file")
+        raise NoFile("it is no regular file")
     return found.st_size, found.st_mtime_ns
 
 

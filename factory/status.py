@@ -20,7 +20,8 @@ def funnel(store: Store) -> dict[str, Any]:
     samples = store.table("samples")
     return {
         "sources": dict(Counter(row["status"] for row in sources)),
-        "failed_sources": {row["uri"]: row["error"] for row in sources if row["status"] in ("failed", "partial")},
+        # failed, partial, or pending after an attempt
+        "failed_sources": {row["uri"]: row["error"] for row in sources if row["error"]},
         "seconds": sum(row["duration"] or 0 for row in sources),
         "segments": sum(len(row["segment_starts"] or []) for row in sources),
         "candidates": decided.total(),

@@ -16,7 +16,7 @@ from factory import caption as captions
 from factory import schema, worker
 from factory.candidates import failed_candidate
 from factory.config import FactoryConfig
-from factory.fetch import on_disk
+from factory.fetch import on_disk, unread
 from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
@@ -57,41 +57,52 @@ class DecodeSegment:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         segment = Segment(**row)
-        try:
-            with on_disk(segment, self._config.video) as path:
-                rows = self._candidates(replace(segment, uri=path))
-        except (OSError, worker.WorkerEnded) as error:
-            reason = f"decode: {error.strerror or error}" if isinstance(error, OSError) else f"decode: {error}"
-            return {"entry": json.dumps({"error": reason, "source_id": segment.source_id})}
-        entry = self._store.write_unit("candidates", segment.segment_id, rows)
-        return {"entry": json.dumps(entry)}
+        answer: dict[str, Any] = {}
+        for _ in range(worker.ATTEMPTS):
+            try:
+                with on_disk(segment, self._config.video) as path:
+                    unit, rows = self._candidates(replace(segment, uri=path))
+            except (OSError, worker.WorkerLost) as error:
+                answer = unread(segment, error)
+                if answer["status"] == "failed":
+                    break
+            else:
+                answer = self._store.write_unit("candidates", unit, rows)
+                break
+        return {"entry": json.dumps(answer)}
 
-    def _candidates(self, segment: Segment) -> list[dict[str, Any]]:
-        """Return the segment's candidates, the last one failed where it can't be read to its end."""
-        limits = self._config.video
-        deadline = limits.deadline_seconds + limits.deadline_per_second * (segment.end - segment.start)
-        rows: list[dict[str, Any]] = []
-        failure = self._decode(segment, deadline, rows, "decord")
+    def _candidates(self, segment: Segment) -> tuple[str, list[dict[str, Any]]]:
+        """Return the name of the unit that the segment's candidates make, and these.
+
+        The last one is failed where the segment can't be read to its end; the only one where the limits forbade that,
+        for how far it came is chance then. WorkerLost where the machine did.
+        """
+        rows, failure = self._decode(segment, "decord")
         if failure:  # once more, with the decoder that gives all that comes before it
-            rows = []
-            failure = self._decode(segment, deadline, rows, "av")
-        if failure:
+            rows, failure = self._decode(segment, "av")
+        unit = segment.segment_id
+        if isinstance(failure, worker.WorkerEnded):
+            limits = self._config.video.limits
+            unit, rows = segment.within(limits), [failed_candidate(segment, segment.start, str(failure), limits)]
+        elif failure:
             after = rows[-1]["shot_end"] if rows else segment.start
-            rows.append(failed_candidate(segment, after, failure))
-        return [row | {"decode_fingerprint": self._fingerprint} for row in rows]
+            rows.append(failed_candidate(segment, after, str(failure)))
+        return unit, [row | {"decode_fingerprint": self._fingerprint} for row in rows]
 
-    def _decode(self, segment: Segment, deadline: float, rows: list[dict[str, Any]], decoder: str) -> str:
-        """Append the segment's candidates to `rows`; return why it can't be read to its end, or nothing."""
-        frames = ("factory.candidates:candidate_frames", segment, self._config.video, decoder)
-        limits = {"deadline_seconds": deadline, "memory_limit_mb": self._config.video.memory_limit_mb}
+    def _decode(self, segment: Segment, decoder: str) -> tuple[list[dict[str, Any]], worker.WorkerFailed | None]:
+        """Return the segment's candidates, and why it can't be read to its end, if so."""
+        config = self._config.video
+        deadline = config.deadline_seconds + config.deadline_per_second * (segment.end - segment.start)
+        frames = ("factory.candidates:candidate_frames", segment, config, decoder)
+        rows: list[dict[str, Any]] = []
         try:
-            for candidate in worker.run_killable(*frames, **limits):
+            for candidate in worker.run_killable(
+                *frames, deadline_seconds=deadline, memory_limit_mb=config.memory_limit_mb
+            ):
                 rows.append(candidate)
-        except worker.WorkerEnded:
-            raise
         except worker.WorkerFailed as error:
-            return str(error)
-        return ""
+            return rows, error
+        return rows, None
 
 
 class DecodePictures:
@@ -103,30 +114,27 @@ class DecodePictures:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         segments = [Segment(**segment) for segment in row["segments"]]
-        answers: list[dict[str, Any]] = []
-        while len(answers) < len(segments):
-            failure = self._decode(segments[len(answers) :], answers)
-            if failure:  # once more, alone: was it this picture, or the machine?
-                alone = segments[len(answers)]
-                again = self._decode([alone], answers)
-                answers += [failed_candidate(alone, 0.0, again)] if again else []
-        rows = [answer | {"decode_fingerprint": self._fingerprint} for answer in answers if "error" not in answer]
-        parts = [row["segment_id"] for row in rows]
-        entry = self._store.write_unit("candidates", unit("pictures", parts), rows, parts)
-        return {"entry": json.dumps(entry | {"unread": [answer for answer in answers if "error" in answer]})}
-
-    def _decode(self, segments: list[Segment], answers: list[dict[str, Any]]) -> str:
-        """Append to `answers` one per segment; return why the process ended before the next one, or nothing."""
         config = self._config.video
-        pictures = ("factory.candidates:picture_candidates", segments, config)
-        deadline = config.deadline_seconds + config.deadline_per_second * len(segments)
-        limits = {"deadline_seconds": deadline, "memory_limit_mb": config.memory_limit_mb}
-        try:
-            for answer in worker.run_killable(*pictures, **limits):
-                answers.append(answer)
-        except worker.WorkerFailed as error:
-            return str(error)
-        return ""
+        answers = worker.run_for_each(
+            "factory.candidates:picture_candidates",
+            segments,
+            config,
+            deadline_seconds=config.deadline_seconds,
+            seconds=[config.deadline_per_second] * len(segments),
+            memory_limit_mb=config.memory_limit_mb,
+        )
+        told = [self._told(*pair) for pair in zip(segments, answers, strict=True)]
+        rows = [row | {"decode_fingerprint": self._fingerprint} for row in told if "error" not in row]
+        parts = [row["segment_id"] for row in rows]
+        entry = self._store.write_unit("candidates", unit("pictures", parts), rows, parts) if rows else {}
+        return {"entry": json.dumps(entry | {"unread": [row for row in told if "error" in row]})}
+
+    def _told(self, segment: Segment, answer: dict[str, Any] | Exception) -> dict[str, Any]:
+        """Return the row of a picture, or what fetch.unread tells of it."""
+        if isinstance(answer, worker.WorkerFailed):
+            limits = self._config.video.limits if isinstance(answer, worker.WorkerEnded) else ""
+            return failed_candidate(segment, 0.0, str(answer), limits)
+        return unread(segment, answer) if isinstance(answer, Exception) else answer
 
 
 class AppendSamples:

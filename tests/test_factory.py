@@ -19,6 +19,7 @@ from factory.candidates import candidate_frames
 from factory.config import FactoryConfig, micro
 from factory.sources import describe_source, find_sources, segments_of
 from factory.store import Store
+from factory.verify import verify
 from tests.footage import patterns, write_film
 
 REPO = Path(__file__).parent.parent
@@ -156,18 +157,27 @@ def test_a_film_that_moved_goes_on_where_it_is_now(
     assert {Path(uri).parent.name for uri in uris} == {"moved"}
 
 
-def test_a_segment_that_was_too_slow_is_tried_again(
-    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
+def test_a_segment_that_was_too_slow_is_tried_again_with_other_limits(
+    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     store = Store(str(tmp_path / "root"))
     paths = find_sources([str(films)])
     hurried = _config("video.deadline_seconds=0.01", "video.deadline_per_second=0")
-    pipeline.build(store, paths, hurried)
+    for _ in range(2):
+        pipeline.build(store, paths, hurried)
+    assert "decode   nothing to do" in capsys.readouterr().out  # with the same limits it is not tried again
+    failed = store.table("candidates").to_table(columns=["status", "reason"]).to_pylist()
+    assert [row["status"] for row in failed] == ["failed", "failed"]
     rows = store.table("sources").to_table(columns=["status", "error"]).to_pylist()
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert all("not finished after 0.01 s" in row["error"] for row in rows)
+    later = _config("video.deadline_seconds=0.02", "video.deadline_per_second=0")
+    pipeline.decode(store, paths, later)
+    failed = store.table("candidates").to_table(columns=["status", "reason"]).to_pylist()
+    assert ["not finished after 0.02 s" in row["reason"] for row in failed] == [True, True]
     pipeline.build(store, paths, _config())
     assert contents(tmp_path / "root") == contents(small_dataset)
+    assert verify(store).damaged == []
 
 
 def test_a_source_keeps_its_split(ray_session: str, small_dataset: Path, tmp_path: Path) -> None:
