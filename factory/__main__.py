@@ -137,24 +137,30 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; return the exit code."""
+    """Run one verb; return the exit code. What is raised beyond what is told of here is a bug of ours."""
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
-    from factory.store import DamagedData, DatasetBusy, NotFinished
+    from factory.settings import UsageError
+    from factory.store import StoreError
+
+    def told(error: Exception) -> str:
+        return f"factory: {getattr(error, 'cause', error)}"  # of a Ray task; its own text is the worker's whole trace
 
     try:
         own = {"config": _config, "status": _status, "report": _report}
         own |= {"verify": _verify, "tag": _tag, "compact": _compact}
         return own.get(args.verb, _run)(args)
-    except (ValueError, FileNotFoundError) as error:
-        cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
-        print(f"factory: {cause}", file=sys.stderr)
-        return UNFINISHED if isinstance(cause, DatasetBusy | DamagedData | NotFinished) else USAGE
+    except UsageError as error:
+        print(told(error), file=sys.stderr)
+        return USAGE
+    except StoreError as error:
+        print(told(error), file=sys.stderr)
+        return UNFINISHED
     except KeyboardInterrupt:
         print("factory: stopped. What was committed is kept: the same command goes on from there.", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        print(f"factory: {error}. What was committed is kept: run the same command again.", file=sys.stderr)
+        print(f"{told(error)}. What was committed is kept: run the same command again.", file=sys.stderr)
         return UNFINISHED
 
 
@@ -177,13 +183,13 @@ def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
 
 def _kept(store: Store) -> FactoryConfig | None:
     from factory.config import FactoryConfig
-    from factory.settings import from_dict
+    from factory.settings import UsageError, from_dict
 
     kept = store.settings() if store.has("samples") else None
     try:
         return from_dict(FactoryConfig, kept) if kept else None
-    except ValueError as error:
-        raise ValueError(f"The settings kept in {store.root} are another version's. {error} Give --preset.") from None
+    except UsageError as error:
+        raise UsageError(f"The settings kept in {store.root} are another version's. {error} Give --preset.") from None
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ class FactoryConfig:
     def fingerprint(self, stage: str) -> str:
         """Return a stage's fingerprint: 16 hex digits over its code version, model and part of the settings.
 
-        FileNotFoundError when the stage's model is not there.
+        NothingThere when the stage's model is not there.
         """
         return hashlib.sha256(json.dumps(self._decides(stage), sort_keys=True).encode()).hexdigest()[:16]
 

@@ -16,6 +16,8 @@ from urllib.parse import quote, unquote, urlsplit
 from fsspec.utils import glob_translate
 from pyarrow import fs
 
+from factory.settings import UsageError
+
 # What is asked of each store: where its network is lost, pyarrow gives up on S3 within seconds, on Google's within 15
 # minutes unless told otherwise.
 _OPTIONS = {"s3": "", "gs": "?retry_limit_seconds=30"}
@@ -29,7 +31,7 @@ class NoFile(FileNotFoundError):
 def normal(location: str) -> str:
     """Return `location` as it is recorded: an absolute path, or an object-store URI with its path percent-encoded.
 
-    A file:// URI becomes a path. ValueError for any other scheme, and for credentials or options in a URI, which would
+    A file:// URI becomes a path. UsageError for any other scheme, and for credentials or options in a URI, which would
     be recorded with it; its words don't repeat them.
     """
     scheme, sign, rest = location.partition("://")
@@ -38,13 +40,13 @@ def normal(location: str) -> str:
     if scheme == "file" and rest.startswith("/"):
         return os.path.abspath(unquote(rest))
     if scheme not in _OPTIONS:
-        raise ValueError(
+        raise UsageError(
             f"A {scheme}:// address cannot be a source. Give local paths, or file:///, s3:// or gs:// URIs; download "
             "anything else first."
         )
     parts = urlsplit(location.replace("#", "%23"))
     if parts.query or not re.fullmatch(r"[\w.-]+", parts.netloc):
-        raise ValueError(
+        raise UsageError(
             f"This {scheme}:// URI cannot be a source. Give bucket and path alone: {scheme}://bucket/folder/film.mkv. "
             "Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); "
             "write a ? in a name as %3F."

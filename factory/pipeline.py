@@ -11,6 +11,7 @@ from factory import metrics, schema, selection, tasks
 from factory.committer import Committer, check_keys
 from factory.config import FactoryConfig
 from factory.rights import RightsFile
+from factory.settings import UsageError
 from factory.sources import FACTS, is_picture, segments_of, unread_id
 from factory.stage import FILM, PICTURES, Progress, Row, in_lots, run, run_tasks, update
 from factory.store import NotFinished, Store
@@ -257,7 +258,7 @@ def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
     present = store.table("candidates").to_table(columns=["decode_fingerprint"])["decode_fingerprint"].unique()
     others = set(present.to_pylist()) - {config.fingerprint("decode")}
     if others:
-        raise ValueError(
+        raise UsageError(
             f"Dataset {store.root} was decoded with other video settings or another version (fingerprint "
             f"{others.pop()}, now {config.fingerprint('decode')}). Use those settings, or a new --root."
         )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from factory import still
 from factory.locations import copy_stream, find_files, normal, open_binary, path_of, stamp
+from factory.settings import NothingThere
 from factory.video import REMUX, Segment, VideoConfig
 
 # Columns of a `sources` row that describe what is in the file.
@@ -32,7 +33,7 @@ class Refused(ValueError):
 def find_sources(patterns: list[str]) -> list[str]:
     """Return the locations of the films and still pictures that files, folders and globs name, sorted, each once.
 
-    Raises FileNotFoundError for a pattern that names nothing, ValueError for one that is no path and no URI of a known
+    Raises NothingThere for a pattern that names nothing, UsageError for one that is no path and no URI of a known
     object store.
     """
     suffixes = (*SUFFIXES, *still.SUFFIXES)
@@ -40,7 +41,7 @@ def find_sources(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         here = find_files(normal(pattern), suffixes)
         if not here:
-            raise FileNotFoundError(
+            raise NothingThere(
                 f"No video at {pattern!r}, nor a picture. Give files, folders or globs; in folders these count: "
                 f"{', '.join(suffixes)}."
             )

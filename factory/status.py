@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from factory.config import STAGES, FactoryConfig
+from factory.settings import NothingThere
 from factory.store import Store
 
 Stale = dict[str, int | None]
@@ -56,7 +57,7 @@ def stale(store: Store, config: FactoryConfig) -> Stale:
     for stage in STAGES:
         try:
             found[stage] = made[stage].total() - made[stage][config.fingerprint(stage)]
-        except FileNotFoundError:
+        except NothingThere:
             found[stage] = None
     return found
 
