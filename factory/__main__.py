@@ -173,9 +173,14 @@ def _store(root: str) -> Store:
 
 def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
     """The settings of a command: the preset, or those that `store` was last written with; --config and --set on top."""
-    from factory.config import PRESETS
-    from factory.settings import load
+    from factory.config import GROUPS, PRESETS
+    from factory.settings import UsageError, load
 
+    for item in args.set if args.verb in GROUPS else ():
+        group = item.partition("=")[0].partition(".")[0]
+        for stage in (stage for stage, groups in GROUPS.items() if group in groups and stage != args.verb):
+            owner = "build" if stage == "decode" else stage
+            raise UsageError(f"--set {item}: {args.verb} does not use it. Give it to {owner}.")
     kept = _kept(store) if store is not None and not args.preset else None
     frames = [f"video.frames={args.frames}"] if args.verb == "build" and args.frames else []
     return load(kept or PRESETS[args.preset or "micro"](), args.config, [*frames, *args.set])

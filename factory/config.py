@@ -16,7 +16,9 @@ from factory.sketch.engine import SketchConfig
 from factory.split import SplitConfig
 from factory.video import VideoConfig
 
-STAGES = ("decode", "select", "sketch", "caption")
+# The groups of settings that decide each stage's results.
+GROUPS = {"decode": ("video",), "select": ("selection", "split"), "sketch": ("sketch",), "caption": ("caption",)}
+STAGES = tuple(GROUPS)
 
 
 @dataclass(frozen=True, kw_only=True)

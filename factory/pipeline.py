@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
 from factory import metrics, schema, selection, tasks
 from factory.committer import Committer, check_keys
-from factory.config import FactoryConfig
+from factory.config import GROUPS, FactoryConfig
 from factory.rights import RightsFile
-from factory.settings import UsageError
+from factory.settings import UsageError, from_dict
 from factory.sources import FACTS, is_picture, segments_of, unread_id
 from factory.stage import FILM, PICTURES, Progress, Row, in_lots, run, run_tasks, update
 from factory.store import NotFinished, Store
@@ -194,7 +195,7 @@ def select(store: Store, config: FactoryConfig) -> None:
     if pending:
         told = "".join(f"\n  {row['uri']}: {row['error']}" for row in pending if row["error"])
         raise NotFinished(f"{len(pending)} source(s) are not decoded to their end. Run the same build again.{told}")
-    store.keep_settings(asdict(config))
+    _keep_settings(store, config, "select")
     fingerprint = config.fingerprint("select")
     names = [*selection.COLUMNS, "source_id", "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
     candidates = store.table("candidates").to_table(columns=names, with_row_address=True).to_pylist()
@@ -224,7 +225,8 @@ def select(store: Store, config: FactoryConfig) -> None:
         for unit in in_lots(new, config.samples_per_unit)
     ]
     splits = {row["source_id"]: row["split"] for row in samples}  # a source keeps its split: frames never leak
-    run("samples", "units of samples", PICTURES, tasks.AppendSamples(store, config, splits), rows, committer, config)
+    task = tasks.AppendSamples(store, config, splits)
+    _tell_damage(store, run("samples", "units of samples", PICTURES, task, rows, committer, config))
 
 
 def sketch(store: Store, config: FactoryConfig) -> None:
@@ -238,8 +240,11 @@ def caption(store: Store, config: FactoryConfig) -> None:
 
 
 def _update_samples(store: Store, config: FactoryConfig, stage: str, task: Callable[[dict], dict]) -> None:
-    """Run `task` over the selected samples whose fingerprint of `stage` is another, a fragment at a time."""
-    store.keep_settings(asdict(config))
+    """Run `task` over the selected samples whose fingerprint of `stage` is another, a fragment at a time.
+
+    A sample whose picture is damaged stays as it was, and so is missing or stale; the others go on.
+    """
+    _keep_settings(store, config, stage)
     fingerprint = config.fingerprint(stage)
     samples = store.table("samples").to_table(columns=["stages"], filter="selected", with_row_address=True).to_pylist()
     stale: dict[int, list[int]] = defaultdict(list)
@@ -251,7 +256,30 @@ def _update_samples(store: Store, config: FactoryConfig, stage: str, task: Calla
         for fragment, addresses in sorted(stale.items())
     ]
     committer = Committer(store, "samples", every=config.commit_every)
-    run(stage, "units of samples", PICTURES, task, rows, committer, config)
+    _tell_damage(store, run(stage, "units of samples", PICTURES, task, rows, committer, config))
+
+
+def _tell_damage(store: Store, failures: list[Row]) -> None:
+    """Print on standard error which pictures were damaged, and what to do."""
+    for failure in failures:
+        print(f"factory: {failure['error']}", file=sys.stderr)
+    if failures:
+        print(
+            f"factory: {len(failures)} damaged picture(s) were left out. See which files it is: python -m factory "
+            f"verify --root {store.root}. Restore them from a copy and run this again, or build into a new root.",
+            file=sys.stderr,
+        )
+
+
+def _keep_settings(store: Store, config: FactoryConfig, stage: str) -> None:
+    """Keep the settings of `stage`, and of the others what was kept: they were not run with these."""
+    now = asdict(config)
+    try:
+        kept = asdict(from_dict(FactoryConfig, store.settings() or now))
+    except UsageError:  # another version's
+        kept = now
+    others = {group: kept[group] for other, groups in GROUPS.items() if other != stage for group in groups}
+    store.keep_settings(now | others)
 
 
 def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:

@@ -106,7 +106,7 @@ def next_verb(counts: dict[str, Any], rows: Stale) -> str | None:
     """Return the command that does what is missing or stale first, or None when nothing is."""
     if counts["sources"].get("pending"):
         return "build"
-    if counts["undecided"] or rows["select"]:
+    if counts["undecided"] or rows["select"] or counts["samples"] < counts["kept"]:
         return "select"
     if counts["sketched"] < counts["samples"] or rows["sketch"]:
         return "sketch"

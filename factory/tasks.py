@@ -20,13 +20,14 @@ from factory.fetch import on_disk, unread
 from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
-from factory.sources import describe_source
+from factory.sources import identify, unopened
 from factory.split import split_of
 from factory.store import DamagedData, Store
 from factory.video import Segment
 
 _TRAINING_SIDE = 1024  # long side of training_sketch, pixels
 _THUMBNAIL_HEIGHT = 180  # pixels
+_PROBED_BYTES_PER_SECOND = 2e6  # at least: all of a film's packets are read, from an object store too
 
 
 class DescribeSources:
@@ -38,14 +39,34 @@ class DescribeSources:
         self._known = {(row["uri"], row["size_bytes"], row["modified_ns"]): row["source_id"] for row in known}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"json": json.dumps([self._describe(uri) for uri in row["uris"]])}
+        sources = [self._known_source(uri) or identify(uri) for uri in row["uris"]]
+        self._probe([source for source in sources if "size_bytes" in source and "error" not in source])
+        return {"json": json.dumps(sources)}
 
-    def _describe(self, uri: str) -> dict[str, Any]:
+    def _known_source(self, uri: str) -> dict[str, Any] | None:
         with contextlib.suppress(OSError):  # then it is described, as what cannot be read
             source_id = self._known.get((uri, *stamp(uri)))
             if source_id is not None:
                 return {"source_id": source_id, "uri": uri}
-        return describe_source(uri, self._config.video)
+        return None
+
+    def _probe(self, sources: list[dict[str, Any]]) -> None:
+        """Add to each of `sources` what is in its file; one that the machine failed is pending, to be tried again."""
+        config = self._config.video
+        answers = worker.run_for_each(
+            "factory.sources:probe_sources",
+            [source["uri"] for source in sources],
+            config,
+            deadline_seconds=config.deadline_seconds,
+            seconds=[source["size_bytes"] / _PROBED_BYTES_PER_SECOND for source in sources],
+            memory_limit_mb=config.memory_limit_mb,
+        )
+        for source, answer in zip(sources, answers, strict=True):
+            if isinstance(answer, worker.WorkerLost):
+                answer = {"status": "pending", "error": f"probe: {answer}"}
+            elif isinstance(answer, worker.WorkerFailed):
+                answer = unopened(source["uri"], answer)
+            source |= answer
 
 
 class DecodeSegment:
@@ -149,12 +170,15 @@ class AppendSamples:
         addresses = [int(address) for address in row["addresses"]]
         copied = [f.name for f in schema.CANDIDATES if f.name in schema.SAMPLES.names and f.name != "image"]
         candidates = self._store.rows_at("candidates", addresses, [*copied, "decode_fingerprint"])
-        pictures = self._store.read_pictures("candidates", "image", addresses)
         uris = self._store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
         uri_of = {source["source_id"]: source["uri"] for source in uris}
-        rows = []
-        for candidate, picture in zip(candidates, pictures, strict=True):
-            _check(picture, candidate["image_sha256"], f"image of candidate {candidate['frame_id']}")
+        rows, damaged = [], []
+        for address, candidate in zip(addresses, candidates, strict=True):
+            try:
+                picture = _picture(self._store, "candidates", address, candidate)
+            except DamagedData as error:
+                damaged.append({"error": str(error)})
+                continue
             stages = {"decode": candidate.pop("decode_fingerprint"), "select": self._fingerprint}
             source = candidate["source_id"]
             rows.append(
@@ -163,7 +187,8 @@ class AppendSamples:
                 | {"split": self._splits.get(source) or split_of(source, uri_of[source], self._config.split)}
             )
         name = unit("samples", [row["frame_id"] for row in rows])
-        return {"entry": json.dumps(self._store.write_unit("samples", name, rows))}
+        entry = self._store.write_unit("samples", name, rows) if rows else {}
+        return {"entry": json.dumps(entry | {"unread": damaged})}
 
 
 class DrawSketches:
@@ -174,8 +199,8 @@ class DrawSketches:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         cv2.setNumThreads(1)
-        rows = []
-        for sample, image in _pictures(self._store, task):
+        rows, damaged = [], []
+        for sample, image in _pictures(self._store, task, damaged):
             lines = engine.sketch(image, self._config.sketch)
             png = _png(lines)
             small = engine.reduced(lines, _TRAINING_SIDE)
@@ -192,7 +217,7 @@ class DrawSketches:
                     "stages": sample["stages"] | {"sketch": self._fingerprint},
                 }
             )
-        return {"entry": json.dumps(self._store.write_updates("samples", int(task["fragment"]), rows))}
+        return _updated(self._store, task, rows, damaged)
 
 
 class WriteCaptions:
@@ -203,6 +228,7 @@ class WriteCaptions:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         captioner = captions.Captioner(self._config.caption.model)
+        damaged: list[dict[str, Any]] = []
         rows = [
             {
                 "frame_id": sample["frame_id"],
@@ -211,24 +237,47 @@ class WriteCaptions:
                 "keywords": list(self._config.caption.keywords),
                 "stages": sample["stages"] | {"caption": self._fingerprint},
             }
-            for sample, image in _pictures(self._store, task)
+            for sample, image in _pictures(self._store, task, damaged)
         ]
-        return {"entry": json.dumps(self._store.write_updates("samples", int(task["fragment"]), rows))}
+        return _updated(self._store, task, rows, damaged)
 
 
-def _pictures(store: Store, task: dict[str, Any]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Yield (row, RGB image) for the samples of a task, one picture in memory at a time."""
+def _updated(
+    store: Store, task: dict[str, Any], rows: list[dict[str, Any]], damaged: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write the new columns of a task's samples, and return the answer: its entry, and what is damaged."""
+    entry = store.write_updates("samples", int(task["fragment"]), rows) if rows else {}
+    return {"entry": json.dumps(entry | {"unread": damaged})}
+
+
+def _pictures(
+    store: Store, task: dict[str, Any], damaged: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Yield (row, RGB image) for the samples of a task, one picture in memory at a time.
+
+    What is damaged is left out, and appended to `damaged` with the reason.
+    """
     addresses = [int(address) for address in task["addresses"]]
     samples = store.rows_at("samples", addresses, ["frame_id", "image_sha256", "stages"])
     for address, sample in zip(addresses, samples, strict=True):
-        data = store.read_pictures("samples", "image", [address])[0]
-        _check(data, sample["image_sha256"], f"image of sample {sample['frame_id']}")
-        yield sample, decode_image(data or b"")
+        try:
+            picture = _picture(store, "samples", address, sample)
+        except DamagedData as error:
+            damaged.append({"error": str(error)})
+        else:
+            yield sample, decode_image(picture)
 
 
-def _check(data: bytes | None, sha256: str, what: str) -> None:
-    if data is None or hashlib.sha256(data).hexdigest() != sha256:
+def _picture(store: Store, name: str, address: int, row: dict[str, Any]) -> bytes:
+    """Return the encoded image of a row of table `name`. DamagedData when it is gone or not what the row says."""
+    what = f"image of {row['frame_id']} in {name}"
+    try:
+        (data,) = store.read_pictures(name, "image", [address])
+    except (OSError, ValueError) as error:
+        raise DamagedData(f"The {what} cannot be read: {error}") from error
+    if data is None or hashlib.sha256(data).hexdigest() != row["image_sha256"]:
         raise DamagedData(f"The {what} does not match its sha256: the table's files were changed or damaged.")
+    return data
 
 
 def unit(kind: str, keys: list[str]) -> str:

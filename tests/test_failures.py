@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from factory import candidates, settings, tasks, worker
+from factory import candidates, pipeline, settings, sources, tasks, worker
 from factory.config import micro
 from factory.sources import describe_source, segments_of
-from factory.store import Store
+from factory.store import NotFinished, Store
 from factory.video import Segment, VideoConfig
 from tests.test_worker import _spins
 
@@ -62,7 +62,7 @@ def _fails(
         yield next(rows)
         held = [os.urandom(1_000_000) * 700] if failure == "memory" else []
         if failure in ("hang", "memory"):
-            yield from _spins()
+            list(_spins())
             held.clear()
         if failure == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -150,3 +150,55 @@ def test_a_film_that_goes_while_it_is_decoded_is_the_films_failure(
         "error": "decode: No such file or directory",
     }
     assert attempts(store) == ["decord"]
+
+
+def _describes(failure_of: dict[str, str], uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:
+    for uri in uris:
+        failure = failure_of.get(Path(uri).name)
+        if failure == "hang":
+            list(_spins())
+        if failure == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from sources.probe_sources([uri], config)
+
+
+def probing_fails(monkeypatch: pytest.MonkeyPatch, failure_of: dict[str, str]) -> None:
+    run = worker.run_killable
+    monkeypatch.setattr(
+        worker, "run_killable", lambda _, *args, **more: run(f"{__name__}:_describes", failure_of, *args, **more)
+    )
+
+
+def test_a_file_that_hangs_the_prober_is_a_failed_source_and_its_neighbours_are_described(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a.mp4", "hangs.mp4", "killed.mp4", "z.mp4")
+    for name in names:
+        shutil.copy(film, tmp_path / name)
+    uris = [str(tmp_path / name) for name in names]
+    probing_fails(monkeypatch, {"hangs.mp4": "hang", "killed.mp4": "killed"})
+    config = settings.load(micro(), None, ["video.deadline_seconds=8"])
+    rows = json.loads(tasks.DescribeSources(config, [])({"uris": uris})["json"])
+    assert [row["status"] for row in rows] == ["pending", "failed", "pending", "pending"]
+    assert rows[1]["error"].startswith("not a video that can be opened: not finished after 8")
+    assert rows[2]["error"].startswith("probe: the process was killed from outside")
+    assert [row.get("segment_starts") for row in rows] == [[0.0], None, None, [0.0]]
+    monkeypatch.undo()
+    whole = json.loads(tasks.DescribeSources(config, [])({"uris": uris})["json"])
+    assert whole == [sources.describe_source(uri, config.video) for uri in uris]
+    assert [rows[0], rows[3]] == [whole[0], whole[3]]
+
+
+def test_nothing_is_selected_without_a_source_that_the_machine_did_not_open(
+    film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copy(film, tmp_path / "film.mp4")
+    monkeypatch.setattr(pipeline, "run_tasks", lambda task, rows, _: (task(row) for row in rows))  # without Ray
+    with monkeypatch.context() as patch:
+        probing_fails(patch, {"film.mp4": "killed"})
+        pipeline.add_sources(store, [str(path)], micro())
+    with pytest.raises(NotFinished, match=r"build again\.\n  .*film\.mp4: probe: the process was killed"):
+        pipeline.select(store, micro())
+    pipeline.add_sources(store, [str(path)], micro())
+    (row,) = store.table("sources").to_table(columns=["status", "error", "segment_starts"]).to_pylist()
+    assert row == {"status": "pending", "error": None, "segment_starts": [0.0]}
