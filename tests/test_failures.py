@@ -114,9 +114,9 @@ def test_a_film_that_fails_both_decoders_keeps_what_came_before(
 def test_what_no_decoder_does_within_the_limits_is_a_row_of_these_limits(
     store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = decoded(store, segment, monkeypatch, "hang", "decord av", "video.deadline_seconds=4")
-    assert entry["units"] == [segment.within("4s+0-4000MB")]
-    assert entry["keys"] == [f"{segment.source_id[:16]}-000000000000-failed-4s+0-4000MB"]
+    entry = decoded(store, segment, monkeypatch, "memory", "decord av", "video.memory_limit_mb=600")
+    assert entry["units"] == [segment.within("120s+0-600MB")]
+    assert entry["keys"] == [f"{segment.source_id[:16]}-000000000000-failed-120s+0-600MB"]
     assert attempts(store) == ["decord", "av"]
 
 
