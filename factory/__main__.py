@@ -137,24 +137,30 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; return the exit code."""
+    """Run one verb; return the exit code. What is raised beyond what is told of here is a bug of ours."""
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
-    from factory.store import DamagedData, DatasetBusy, NotFinished
+    from factory.settings import UsageError
+    from factory.store import StoreError
+
+    def told(error: Exception) -> str:
+        return f"factory: {getattr(error, 'cause', error)}"  # of a Ray task; its own text is the worker's whole trace
 
     try:
         own = {"config": _config, "status": _status, "report": _report}
         own |= {"verify": _verify, "tag": _tag, "compact": _compact}
         return own.get(args.verb, _run)(args)
-    except (ValueError, FileNotFoundError) as error:
-        cause = getattr(error, "cause", error)  # of a Ray task; its own text is the worker's whole trace
-        print(f"factory: {cause}", file=sys.stderr)
-        return UNFINISHED if isinstance(cause, DatasetBusy | DamagedData | NotFinished) else USAGE
+    except UsageError as error:
+        print(told(error), file=sys.stderr)
+        return USAGE
+    except StoreError as error:
+        print(told(error), file=sys.stderr)
+        return UNFINISHED
     except KeyboardInterrupt:
         print("factory: stopped. What was committed is kept: the same command goes on from there.", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        print(f"factory: {error}. What was committed is kept: run the same command again.", file=sys.stderr)
+        print(f"{told(error)}. What was committed is kept: run the same command again.", file=sys.stderr)
         return UNFINISHED
 
 
@@ -167,9 +173,14 @@ def _store(root: str) -> Store:
 
 def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
     """The settings of a command: the preset, or those that `store` was last written with; --config and --set on top."""
-    from factory.config import PRESETS
-    from factory.settings import load
+    from factory.config import GROUPS, PRESETS
+    from factory.settings import UsageError, load
 
+    for item in args.set if args.verb in GROUPS else ():
+        group = item.partition("=")[0].partition(".")[0]
+        for stage in (stage for stage, groups in GROUPS.items() if group in groups and stage != args.verb):
+            owner = "build" if stage == "decode" else stage
+            raise UsageError(f"--set {item}: {args.verb} does not use it. Give it to {owner}.")
     kept = _kept(store) if store is not None and not args.preset else None
     frames = [f"video.frames={args.frames}"] if args.verb == "build" and args.frames else []
     return load(kept or PRESETS[args.preset or "micro"](), args.config, [*frames, *args.set])
@@ -177,13 +188,13 @@ def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
 
 def _kept(store: Store) -> FactoryConfig | None:
     from factory.config import FactoryConfig
-    from factory.settings import from_dict
+    from factory.settings import UsageError, from_dict
 
     kept = store.settings() if store.has("samples") else None
     try:
         return from_dict(FactoryConfig, kept) if kept else None
-    except ValueError as error:
-        raise ValueError(f"The settings kept in {store.root} are another version's. {error} Give --preset.") from None
+    except UsageError as error:
+        raise UsageError(f"The settings kept in {store.root} are another version's. {error} Give --preset.") from None
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from factory import still
 from factory.bars import FilmBars
 from factory.cuts import starts_shot
 from factory.decode import decode, decode_in_order
-from factory.fetch import SourceChanged, check_unchanged
+from factory.fetch import SourceChanged, check_unchanged, unread
 from factory.locations import copy_stream
 from factory.picture import encode_jpeg
 from factory.schema import frame_id
@@ -55,29 +55,32 @@ def candidate_frames(
 def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator[dict[str, Any]]:
     """Yield one `candidates` row per segment, each of a still picture, in order; failed where it is damaged.
 
-    In place of the row of a picture that is gone, changed or can't be reached: {"source_id", "error"}.
+    In place of the row of a picture that is gone, changed or can't be reached: what fetch.unread tells of it.
     """
     cv2.setNumThreads(1)
     for segment in segments:
         try:
             data = _read_unchanged(segment)
         except OSError as error:
-            yield {"source_id": segment.source_id, "error": f"decode: {error.strerror or error}"}
+            yield unread(segment, error)
             continue
         try:
             row = _row(segment, config, FilmBars(), still.decode(data))
+        except (ImportError, MemoryError):
+            raise  # the machine's, not the picture's
         except Exception as error:  # any file may be here: the libraries' own errors are many
             row = failed_candidate(segment, 0.0, " ".join(str(error).split()))
         yield row
 
 
-def failed_candidate(segment: Segment, after: float, reason: str) -> dict[str, Any]:
-    """Return the `candidates` row that says from where on, in s, a segment could not be read."""
+def failed_candidate(segment: Segment, after: float, reason: str, limits: str = "") -> dict[str, Any]:
+    """Return the `candidates` row that says from where on, in s, a segment is not read, or not within `limits`."""
+    # by the segment, which has one such row at most: two may break at the same time
+    key = f"{frame_id(segment.source_id, segment.start)}-failed"
     return {
-        # by the segment, which has one such row at most: two may break at the same time
-        "frame_id": f"{frame_id(segment.source_id, segment.start)}-failed",
+        "frame_id": f"{key}-{limits}" if limits else key,
         "source_id": segment.source_id,
-        "segment_id": segment.segment_id,
+        "segment_id": segment.within(limits) if limits else segment.segment_id,
         "timestamp": after,
         "status": "failed",
         "reason": f"decode: {reason}",

@@ -56,7 +56,7 @@ def spoken(decoded: str) -> str:
 
 
 def caption_by(model: str) -> str:
-    """Return what `caption_by` records for a `caption.model`. FileNotFoundError where there is no such folder."""
+    """Return what `caption_by` records for a `caption.model`. NothingThere where there is no such folder."""
     return RULE if model == RULE else model_id(model)
 
 
@@ -64,7 +64,7 @@ class Captioner:
     """Frames to sentences; loads its model when made."""
 
     def __init__(self, model: str) -> None:
-        """Load the BLIP `model`, or none for the rule. FileNotFoundError where there is no such folder."""
+        """Load the BLIP `model`, or none for the rule. NothingThere where there is no such folder."""
         self.id = caption_by(model)
         self._blip = None if model == RULE else _loaded(str(find_model(model)))
 

@@ -16,7 +16,9 @@ from factory.sketch.engine import SketchConfig
 from factory.split import SplitConfig
 from factory.video import VideoConfig
 
-STAGES = ("decode", "select", "sketch", "caption")
+# The groups of settings that decide each stage's results.
+GROUPS = {"decode": ("video",), "select": ("selection", "split"), "sketch": ("sketch",), "caption": ("caption",)}
+STAGES = tuple(GROUPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class FactoryConfig:
     def fingerprint(self, stage: str) -> str:
         """Return a stage's fingerprint: 16 hex digits over its code version, model and part of the settings.
 
-        FileNotFoundError when the stage's model is not there.
+        NothingThere when the stage's model is not there.
         """
         return hashlib.sha256(json.dumps(self._decides(stage), sort_keys=True).encode()).hexdigest()[:16]
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from factory.files import locked, new_file
 from factory.locations import copy_stream, is_remote, stamp
@@ -19,6 +20,20 @@ _POLL_SECONDS = 0.5
 
 class SourceChanged(OSError):
     """A file or object is not what it was when it was hashed."""
+
+
+def unread(segment: Segment, error: Exception) -> dict[str, Any]:
+    """Return the answer that stands for a segment which is not done: its source, why, and what that makes the source.
+
+    Failed where the file is gone, closed to us or changed; pending, to be tried again, where the machine is at fault.
+    """
+    gone = isinstance(error, SourceChanged | FileNotFoundError | NotADirectoryError | PermissionError)
+    reason = getattr(error, "strerror", None) or error
+    return {
+        "source_id": segment.source_id,
+        "status": "failed" if gone else "pending",
+        "error": f"decode: {reason}",
+    }
 
 
 @contextlib.contextmanager

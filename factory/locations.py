@@ -16,16 +16,22 @@ from urllib.parse import quote, unquote, urlsplit
 from fsspec.utils import glob_translate
 from pyarrow import fs
 
+from factory.settings import UsageError
+
 # What is asked of each store: where its network is lost, pyarrow gives up on S3 within seconds, on Google's within 15
 # minutes unless told otherwise.
 _OPTIONS = {"s3": "", "gs": "?retry_limit_seconds=30"}
 _PIECE = 8 << 20  # bytes
 
 
+class NoFile(FileNotFoundError):
+    """What is at a location is no file."""
+
+
 def normal(location: str) -> str:
     """Return `location` as it is recorded: an absolute path, or an object-store URI with its path percent-encoded.
 
-    A file:// URI becomes a path. ValueError for any other scheme, and for credentials or options in a URI, which would
+    A file:// URI becomes a path. UsageError for any other scheme, and for credentials or options in a URI, which would
     be recorded with it; its words don't repeat them.
     """
     scheme, sign, rest = location.partition("://")
@@ -34,13 +40,13 @@ def normal(location: str) -> str:
     if scheme == "file" and rest.startswith("/"):
         return os.path.abspath(unquote(rest))
     if scheme not in _OPTIONS:
-        raise ValueError(
+        raise UsageError(
             f"A {scheme}:// address cannot be a source. Give local paths, or file:///, s3:// or gs:// URIs; download "
             "anything else first."
         )
     parts = urlsplit(location.replace("#", "%23"))
     if parts.query or not re.fullmatch(r"[\w.-]+", parts.netloc):
-        raise ValueError(
+        raise UsageError(
             f"This {scheme}:// URI cannot be a source. Give bucket and path alone: {scheme}://bucket/folder/film.mkv. "
             "Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); "
             "write a ? in a name as %3F."
@@ -122,13 +128,13 @@ def stamp(location: str) -> tuple[int, int]:
     if is_remote(location):
         info = _store(location).get_file_info(str(path_of(location)))
         if info.type != fs.FileType.File:
-            raise FileNotFoundError("there is no such object")
+            raise NoFile("there is no such object")
         return info.size, info.mtime_ns
     found = os.stat(location)
     if stat.S_ISDIR(found.st_mode):
-        raise OSError("it is a folder that may not be listed")
+        raise NoFile("it is a folder that may not be listed")
     if not stat.S_ISREG(found.st_mode):
-        raise OSError("it is no regular file")
+        raise NoFile("it is no regular file")
     return found.st_size, found.st_mtime_ns
 
 

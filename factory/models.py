@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from factory.files import SUMS, sha256_file
+from factory.settings import NothingThere, UsageError
 
 OWNER = "animesketch/"  # ids of models that are shipped with the code, in `weights/` beside their reader
 WEIGHTS = Path(__file__).parent / "weights"
@@ -16,18 +17,18 @@ WEIGHTS = Path(__file__).parent / "weights"
 def find_model(name_or_path: str, weights: Path = WEIGHTS) -> Path:
     """Return the folder of a shipped id such as `animesketch/sketch`, or the path itself where it is a folder.
 
-    FileNotFoundError for anything else, ValueError for a relative path: a worker runs in a folder of its own.
+    NothingThere for anything else, UsageError for a relative path: a worker runs in a folder of its own.
     """
     shipped = weights / name_or_path.removeprefix(OWNER)
     if name_or_path.startswith(OWNER) and shipped.is_dir():
         return shipped
     if os.path.isdir(name_or_path):
         if not os.path.isabs(name_or_path):
-            raise ValueError(f"Give the absolute path of the model {name_or_path!r}: {os.path.abspath(name_or_path)}")
+            raise UsageError(f"Give the absolute path of the model {name_or_path!r}: {os.path.abspath(name_or_path)}")
         return Path(name_or_path)
     known = sorted(f"{OWNER}{path.parent.name}" for path in weights.glob(f"*/{SUMS}"))
     shipped_too = f", or one of those shipped: {', '.join(known)}" if known else ""
-    raise FileNotFoundError(f"No model {name_or_path!r}. Give a folder that exists{shipped_too}.")
+    raise NothingThere(f"No model {name_or_path!r}. Give a folder that exists{shipped_too}.")
 
 
 @functools.lru_cache(maxsize=8)

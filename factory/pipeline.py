@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,11 +13,13 @@ import pyarrow.compute as pc
 
 from factory import metrics, schema, selection, tasks
 from factory.committer import Committer, check_keys
-from factory.config import FactoryConfig
+from factory.config import GROUPS, FactoryConfig
 from factory.rights import RightsFile
+from factory.settings import UsageError, from_dict
 from factory.sources import FACTS, is_picture, segments_of, unread_id
 from factory.stage import FILM, PICTURES, Progress, Row, in_lots, run, run_tasks, update
 from factory.store import NotFinished, Store
+from factory.video import Segment
 
 
 def build(store: Store, paths: list[str], config: FactoryConfig, rights: RightsFile | None = None) -> set[str]:
@@ -39,16 +42,19 @@ def build(store: Store, paths: list[str], config: FactoryConfig, rights: RightsF
 def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
     """Find, describe and decode the films at `paths` into the candidates table; return their source_ids.
 
-    A segment whose worker died or was too slow is not committed: the next run tries it again.
+    A segment that the machine failed is not committed, and its source stays pending: the next run tries it again. So it
+    does with one that could not be decoded within the limits, once these are other ones.
     """
-    built = add_sources(store, paths, config)
     committer = Committer(store, "candidates", every=config.commit_every)
-    _refuse_other_settings(store, config)
+    _refuse_other_settings(store, config)  # before anything is written
+    built = add_sources(store, paths, config)
     store.keep_settings(asdict(config))
-    known = store.table("sources").to_table().to_pylist()
+    limits = config.video.limits
+    known = store.table("sources").to_table(with_row_address=True).to_pylist()
     open_sources = [row for row in known if row["source_id"] in built or row["status"] == "pending"]
     segments = [segment for row in open_sources for segment in segments_of(row)]
-    missing = [segment for segment in segments if segment.segment_id not in committer.done]
+    missing = [segment for segment in segments if not segment.is_done(committer.done, limits)]
+    _reopen(store, known, {segment.source_id for segment in missing})
     ends = {row["source_id"]: row["duration"] for row in known}
     films = [
         asdict(segment) | {"amount": min(segment.end, ends[segment.source_id]) - segment.start}
@@ -61,8 +67,29 @@ def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
         units = [{"segments": some, "amount": len(some)} for some in in_lots(pictures, config.video.pictures_per_unit)]
         task = tasks.DecodePictures(store, config)
         failures += run("pictures", "units of pictures", PICTURES, task, units, committer, config)
-    close_sources(store, committer.done, {failure["source_id"]: failure["error"] for failure in failures})
+    _forget_other_limits(store, segments, committer.done, limits)
+    close_sources(store, committer.done, limits, failures)
     return built
+
+
+def _reopen(store: Store, known: list[Row], source_ids: set[str]) -> None:
+    """Make these sources pending: until they are closed, nothing is selected without them."""
+    shut = [row for row in known if row["source_id"] in source_ids and row["status"] != "pending"]
+    update(store, "sources", [{n: row[n] for n in ("source_id", "_rowaddr")} | {"status": "pending"} for row in shut])
+
+
+def _forget_other_limits(store: Store, segments: list[Segment], done: set[str], limits: str) -> None:
+    """Remove the rows which say that a segment could not be decoded within other limits, where it was tried again."""
+    columns = ["frame_id", "segment_id"]
+    failed = store.table("candidates").to_table(columns=columns, filter="status = 'failed'").to_pylist()
+    present = {row["segment_id"] for row in failed}
+    tried = {s.segment_id: s.within(limits) for s in segments if s.segment_id in done or s.within(limits) in present}
+    old: set[str] = set()
+    for row in failed:
+        segment_id, within, _ = row["segment_id"].partition(Segment.WITHIN)
+        if within and segment_id in tried and row["segment_id"] != tried[segment_id]:
+            old.add(row["frame_id"])
+    store.remove("candidates", old)
 
 
 def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
@@ -126,8 +153,12 @@ def record_rights(store: Store, rights: RightsFile) -> None:
         print(f"rights   {pattern!r} names no source", flush=True)
 
 
-def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
-    """Write status, error and counts of each source from its candidates, and from this run's `errors` by source_id."""
+def close_sources(store: Store, done: set[str], limits: str, failures: list[Row]) -> None:
+    """Write status, error and counts of each source from its candidates, and from what this run could not read.
+
+    A source is pending where only the machine was at fault: then it is tried again before anything is selected.
+    """
+    unread = {row["source_id"]: row for row in sorted(failures, key=lambda row: row["status"] == "pending")}
     columns = ["source_id", "status", "reason", "shot", "timestamp"]
     rows = store.table("candidates").to_table(columns=columns).to_pylist()
     by_source: dict[str, list[Row]] = defaultdict(list)
@@ -142,13 +173,15 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
         failed = [row for row in by_source[key] if row["status"] == "failed"]
         failed.sort(key=lambda row: row["timestamp"])
         reasons = [f"after {row['timestamp']:.2f} s, {row['reason']}" for row in failed]
-        reasons += [errors[key]] if key in errors else []
-        missing = any(segment.segment_id not in done for segment in segments_of(source))
-        if missing and key not in errors:
+        reasons += [unread[key]["error"]] if key in unread else []
+        missing = any(not segment.is_done(done, limits) for segment in segments_of(source))
+        if missing and key not in unread:
             continue  # this run did not try it: what an earlier one said of it stands
+        pending = key in unread and unread[key]["status"] == "pending"
+        status = ("partial" if good else "failed") if reasons else "ok"
         facts = {
-            "status": ("partial" if good else "failed") if reasons else "ok",
-            "error": reasons[0] if reasons else None,
+            "status": "pending" if pending else status,
+            "error": unread[key]["error"] if pending else reasons[0] if reasons else None,
             "shots": len({row["shot"] for row in good}),
             "candidates": len(good),
         }
@@ -161,12 +194,11 @@ def close_sources(store: Store, done: set[str], errors: dict[str, str]) -> None:
 
 def select(store: Store, config: FactoryConfig) -> None:
     """Decide every candidate from its stored scores; append newly kept frames to the samples, update `selected`."""
-    states = store.table("sources").to_table(columns=["status"])["status"].to_pylist()
-    if "pending" in states:
-        raise NotFinished(
-            f"{states.count('pending')} source(s) are not decoded to their end. Run the same build again."
-        )
-    store.keep_settings(asdict(config))
+    pending = store.table("sources").to_table(columns=["uri", "error"], filter="status = 'pending'").to_pylist()
+    if pending:
+        told = "".join(f"\n  {row['uri']}: {row['error']}" for row in pending if row["error"])
+        raise NotFinished(f"{len(pending)} source(s) are not decoded to their end. Run the same build again.{told}")
+    _keep_settings(store, config, "select")
     fingerprint = config.fingerprint("select")
     columns = [*selection.COLUMNS, "reason", "score", "threshold", "duplicate_of", "select_fingerprint"]
     usable = "status IS NULL OR status != 'failed'"
@@ -197,7 +229,8 @@ def select(store: Store, config: FactoryConfig) -> None:
         for unit in in_lots(new, config.samples_per_unit)
     ]
     splits = {row["source_id"]: row["split"] for row in samples}  # a source keeps its split: frames never leak
-    run("samples", "units of samples", PICTURES, tasks.AppendSamples(store, config, splits), rows, committer, config)
+    task = tasks.AppendSamples(store, config, splits)
+    _tell_damage(store, run("samples", "units of samples", PICTURES, task, rows, committer, config))
 
 
 def sketch(store: Store, config: FactoryConfig) -> None:
@@ -211,8 +244,11 @@ def caption(store: Store, config: FactoryConfig) -> None:
 
 
 def _update_samples(store: Store, config: FactoryConfig, stage: str, task: Callable[[dict], dict]) -> None:
-    """Run `task` over the selected samples whose fingerprint of `stage` is another, a fragment at a time."""
-    store.keep_settings(asdict(config))
+    """Run `task` over the selected samples whose fingerprint of `stage` is another, a fragment at a time.
+
+    A sample whose picture is damaged stays as it was, and so is missing or stale; the others go on.
+    """
+    _keep_settings(store, config, stage)
     fingerprint = config.fingerprint(stage)
     samples = store.table("samples").to_table(columns=["stages"], filter="selected", with_row_address=True).to_pylist()
     stale: dict[int, list[int]] = defaultdict(list)
@@ -224,14 +260,37 @@ def _update_samples(store: Store, config: FactoryConfig, stage: str, task: Calla
         for fragment, addresses in sorted(stale.items())
     ]
     committer = Committer(store, "samples", every=config.commit_every)
-    run(stage, "units of samples", PICTURES, task, rows, committer, config)
+    _tell_damage(store, run(stage, "units of samples", PICTURES, task, rows, committer, config))
+
+
+def _tell_damage(store: Store, failures: list[Row]) -> None:
+    """Print on standard error which pictures were damaged, and what to do."""
+    for failure in failures:
+        print(f"factory: {failure['error']}", file=sys.stderr)
+    if failures:
+        print(
+            f"factory: {len(failures)} damaged picture(s) were left out. See which files it is: python -m factory "
+            f"verify --root {store.root}. Restore them from a copy and run this again, or build into a new root.",
+            file=sys.stderr,
+        )
+
+
+def _keep_settings(store: Store, config: FactoryConfig, stage: str) -> None:
+    """Keep the settings of `stage`, and of the others what was kept: they were not run with these."""
+    now = asdict(config)
+    try:
+        kept = asdict(from_dict(FactoryConfig, store.settings() or now))
+    except UsageError:  # another version's
+        kept = now
+    others = {group: kept[group] for other, groups in GROUPS.items() if other != stage for group in groups}
+    store.keep_settings(now | others)
 
 
 def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
     present = store.table("candidates").to_table(columns=["decode_fingerprint"])["decode_fingerprint"].unique()
     others = set(present.to_pylist()) - {config.fingerprint("decode")}
     if others:
-        raise ValueError(
+        raise UsageError(
             f"Dataset {store.root} was decoded with other video settings or another version (fingerprint "
             f"{others.pop()}, now {config.fingerprint('decode')}). Use those settings, or a new --root."
         )

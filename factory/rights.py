@@ -10,7 +10,7 @@ from typing import Any
 from fsspec.utils import glob_translate
 
 from factory.locations import is_remote, open_binary, path_of
-from factory.settings import STRICT, layered, parse_yaml
+from factory.settings import STRICT, NothingThere, UsageError, layered, parse_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,22 @@ class RightsFile:
     """
 
     def __init__(self, location: str) -> None:
-        """Read and check the file. ValueError names what is wrong; OSError when it can't be read."""
-        with open_binary(location) as file:
-            text = file.read().decode(errors="replace")
+        """Read and check the file. UsageError names what is wrong; OSError when it can't be read."""
+        try:
+            with open_binary(location) as file:
+                text = file.read().decode(errors="replace")
+        except FileNotFoundError as error:
+            raise NothingThere(f"No sources file {location}: {error.strerror or error}.") from None
         entries = parse_yaml(text, f"Sources file {location}")
         if not isinstance(entries, Mapping):
-            raise ValueError(f"Sources file {location} must map paths or globs to rights, such as 'show/*.mkv'.")
+            raise UsageError(f"Sources file {location} must map paths or globs to rights, such as 'show/*.mkv'.")
         for pattern, entry in entries.items():
             if not isinstance(entry, Mapping):
-                raise ValueError(f"Sources file {location}: {pattern!r} must hold a mapping, found {entry!r}.")
+                raise UsageError(f"Sources file {location}: {pattern!r} must hold a mapping, found {entry!r}.")
             try:
                 layered(Rights(), entry)
-            except ValueError as error:
-                raise ValueError(f"Sources file {location}, {pattern!r}: {error}") from None
+            except UsageError as error:
+                raise UsageError(f"Sources file {location}, {pattern!r}: {error}") from None
         self._remote = is_remote(location)
         self._folder = path_of(location).parent
         self._entries: dict[str, Mapping[str, Any]] = {str(pattern): entry for pattern, entry in entries.items()}

@@ -21,6 +21,14 @@ STRICT = ConfigDict(extra="forbid")  # set as __pydantic_config__ on every setti
 T = TypeVar("T")
 
 
+class UsageError(ValueError):
+    """What the user gave is wrong; the words say what to give."""
+
+
+class NothingThere(UsageError, FileNotFoundError):
+    """What the user named is not there."""
+
+
 class _Loader(yaml.SafeLoader):
     """Plain YAML without aliases: a few lines of them can stand for more values than there is memory."""
 
@@ -33,20 +41,20 @@ class _Loader(yaml.SafeLoader):
 def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
     """Return `preset` with the YAML (or JSON) `file` and then the `a.b=c` overrides laid over it.
 
-    Values are YAML (`--set split.holdout='[a.mp4]'`). Raises ValueError naming the key and the nearest known one when a
-    key is unknown or a value has the wrong type; FileNotFoundError when `file` is absent.
+    Values are YAML (`--set split.holdout='[a.mp4]'`). Raises UsageError naming the key and the nearest known one when a
+    key is unknown or a value has the wrong type; NothingThere when `file` is absent.
     """
     values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
     cls = type(preset)
     if file is not None:
         layer = parse_yaml(_text(file), f"Config file {file}")
         if not isinstance(layer, Mapping):
-            raise ValueError(f"Config file {file} must hold a mapping of settings, found {type(layer).__name__}.")
+            raise UsageError(f"Config file {file} must hold a mapping of settings, found {type(layer).__name__}.")
         _merge(values, layer, cls, "")
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key:
-            raise ValueError(f"--set takes key=value, such as selection.min_sharpness=80; got {item!r}.")
+            raise UsageError(f"--set takes key=value, such as selection.min_sharpness=80; got {item!r}.")
         layer = parse_yaml(text, f"--set {item}")
         for part in reversed(key.split(".")):
             layer = {part: layer}
@@ -55,20 +63,20 @@ def load(preset: T, file: str | Path | None = None, overrides: Iterable[str] = (
 
 
 def layered(preset: T, layer: Mapping[Any, Any]) -> T:
-    """Return `preset` with `layer` laid over it. ValueError as of `load`."""
+    """Return `preset` with `layer` laid over it. UsageError as of `load`."""
     values: dict[str, Any] = dataclasses.asdict(preset)  # type: ignore[call-overload]
     _merge(values, layer, type(preset), "")
     return from_dict(type(preset), values)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Return the settings `cls` with these `values`, nested as in `dataclasses.asdict`. ValueError names a bad one."""
+    """Return the settings `cls` with these `values`, nested as in `dataclasses.asdict`. UsageError names a bad one."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or cls.__name__
-        raise ValueError(f"Setting {where}: {first['msg']} (got {first['input']!r}).") from None
+        raise UsageError(f"Setting {where}: {first['msg']} (got {first['input']!r}).") from None
 
 
 def template(settings: Any) -> str:
@@ -120,17 +128,17 @@ def _text(file: str | Path) -> str:
     try:
         return Path(file).read_text()
     except FileNotFoundError:
-        raise FileNotFoundError(f"No config file {file}. Print one to start from: python -m factory config") from None
+        raise NothingThere(f"No config file {file}. Print one to start from: python -m factory config") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Config file {file} cannot be read as text: {error}") from None
+        raise UsageError(f"Config file {file} cannot be read as text: {error}") from None
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return what YAML `text` holds. ValueError, beginning with `where`, when it is none."""
+    """Return what YAML `text` holds. UsageError, beginning with `where`, when it is none."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid YAML: {error}") from None
+        raise UsageError(f"{where} is not valid YAML: {error}") from None
 
 
 def _merge(values: dict[str, Any], layer: Mapping[Any, Any], cls: type, prefix: str) -> None:
@@ -140,7 +148,7 @@ def _merge(values: dict[str, Any], layer: Mapping[Any, Any], cls: type, prefix: 
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known here: {', '.join(sorted(hints))}."
-            raise ValueError(f"Unknown setting {prefix}{key}.{hint}")
+            raise UsageError(f"Unknown setting {prefix}{key}.{hint}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             _merge(values[key], value, hints[key], f"{prefix}{key}.")  # type: ignore[arg-type]
         else:
@@ -152,7 +160,7 @@ def absolute(path: str, option: str) -> str:
     if "://" in path or os.path.isabs(path):
         return path
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise ValueError(
+        raise UsageError(
             f"{option} {path!r} is relative, but a Ray job runs in a throw-away upload folder. Give the absolute path: "
             f'{option} "$PWD/{path}" in the shell that submits the job.'
         )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from factory import still
 from factory.locations import copy_stream, find_files, normal, open_binary, path_of, stamp
+from factory.settings import NothingThere
 from factory.video import REMUX, Segment, VideoConfig
 
 # Columns of a `sources` row that describe what is in the file.
@@ -32,7 +33,7 @@ class Refused(ValueError):
 def find_sources(patterns: list[str]) -> list[str]:
     """Return the locations of the films and still pictures that files, folders and globs name, sorted, each once.
 
-    Raises FileNotFoundError for a pattern that names nothing, ValueError for one that is no path and no URI of a known
+    Raises NothingThere for a pattern that names nothing, UsageError for one that is no path and no URI of a known
     object store.
     """
     suffixes = (*SUFFIXES, *still.SUFFIXES)
@@ -40,7 +41,7 @@ def find_sources(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         here = find_files(normal(pattern), suffixes)
         if not here:
-            raise FileNotFoundError(
+            raise NothingThere(
                 f"No video at {pattern!r}, nor a picture. Give files, folders or globs; in folders these count: "
                 f"{', '.join(suffixes)}."
             )
@@ -55,6 +56,12 @@ def is_picture(uri: str) -> bool:
 
 def describe_source(uri: str, config: VideoConfig) -> dict[str, Any]:
     """Return the `sources` row of the file `uri`: identity, facts, segment starts; bad input is a row too."""
+    row = identify(uri)
+    return row if "error" in row else row | _facts(uri, config)
+
+
+def identify(uri: str) -> dict[str, Any]:
+    """Return what of a `sources` row needs no look into the file `uri`; failed where it can't be read, or is empty."""
     row: dict[str, Any] = {"uri": uri, "collection": path_of(uri).parent.name, "licence": "unknown"}
     try:
         row["size_bytes"], row["modified_ns"] = before = stamp(uri)
@@ -64,16 +71,38 @@ def describe_source(uri: str, config: VideoConfig) -> dict[str, Any]:
     except OSError as error:
         row["source_id"] = unread_id(uri)
         return row | {"status": "failed", "error": f"cannot be read: {error.strerror or error}"}
-    noun, probe = ("picture", _probe_picture) if is_picture(uri) else ("video", _probe)
     if not row["size_bytes"]:
-        return row | {"status": "failed", "error": f"not a {noun}: the file is empty"}
+        return row | {"status": "failed", "error": f"not a {_noun(uri)}: the file is empty"}
+    return row
+
+
+def probe_sources(uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:
+    """Yield the FACTS of each file: what is in it, and its status; failed with the error for what can't be opened.
+
+    Run in a killable process: a library may spin over a damaged header.
+    """
+    for uri in uris:
+        yield _facts(uri, config)
+
+
+def unopened(uri: str, reason: object) -> dict[str, Any]:
+    """Return the columns of a `sources` row that say why the file can't be opened."""
+    return {"status": "failed", "error": f"not a {_noun(uri)} that can be opened: {reason}"}
+
+
+def _facts(uri: str, config: VideoConfig) -> dict[str, Any]:
     try:
-        return row | probe(uri, config) | {"status": "pending"}
+        return (_probe_picture if is_picture(uri) else _probe)(uri, config) | {"status": "pending"}
     except Refused as error:
-        return row | {"status": "failed", "error": f"refused: {error}"}
+        return {"status": "failed", "error": f"refused: {error}"}
+    except (ImportError, MemoryError):
+        raise  # the machine's, not the file's
     except Exception as error:  # any file may be here: the libraries' own errors are many
-        reason = getattr(error, "strerror", None) or error
-        return row | {"status": "failed", "error": f"not a {noun} that can be opened: {reason}"}
+        return unopened(uri, getattr(error, "strerror", None) or error)
+
+
+def _noun(uri: str) -> str:
+    return "picture" if is_picture(uri) else "video"
 
 
 def unread_id(uri: str) -> str:

@@ -42,7 +42,7 @@ def run(
     """Run `task` over `rows`, hand each entry to the committer as it comes, and publish all of them.
 
     Each row has, beside what the task reads, its `amount` of work by `measure`. Return the errors: answers that are
-    one, and those that an entry has as `unread`. What they stand for is not done.
+    one, and those that are in an answer as `unread`. What they stand for is not done.
     """
     progress = Progress(stage, noun, len(rows), measure.words, sum(row["amount"] for row in rows))
     failures: list[Row] = []
@@ -51,7 +51,7 @@ def run(
         failed = [entry] if "error" in entry else entry.pop("unread", [])
         failures += failed
         metrics.count("failures", len(failed), stage=stage, kind="unfinished")
-        if "error" not in entry:
+        if "unit" in entry:
             committer.add(entry)
             metrics.count(measure.counter, answer["amount"], stage=stage)
             metrics.count("rows", entry["rows"], stage=stage)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from factory.config import STAGES, FactoryConfig
+from factory.settings import NothingThere
 from factory.store import Store
 
 Stale = dict[str, int | None]
@@ -20,7 +21,8 @@ def funnel(store: Store) -> dict[str, Any]:
     samples = store.table("samples")
     return {
         "sources": dict(Counter(row["status"] for row in sources)),
-        "failed_sources": {row["uri"]: row["error"] for row in sources if row["status"] in ("failed", "partial")},
+        # failed, partial, or pending after an attempt
+        "failed_sources": {row["uri"]: row["error"] for row in sources if row["error"]},
         "seconds": sum(row["duration"] or 0 for row in sources),
         "segments": sum(len(row["segment_starts"] or []) for row in sources),
         "candidates": decided.total(),
@@ -55,7 +57,7 @@ def stale(store: Store, config: FactoryConfig) -> Stale:
     for stage in STAGES:
         try:
             found[stage] = made[stage].total() - made[stage][config.fingerprint(stage)]
-        except FileNotFoundError:
+        except NothingThere:
             found[stage] = None
     return found
 
@@ -104,7 +106,7 @@ def next_verb(counts: dict[str, Any], rows: Stale) -> str | None:
     """Return the command that does what is missing or stale first, or None when nothing is."""
     if counts["sources"].get("pending"):
         return "build"
-    if counts["undecided"] or rows["select"]:
+    if counts["undecided"] or rows["select"] or counts["samples"] < counts["kept"]:
         return "select"
     if counts["sketched"] < counts["samples"] or rows["sketch"]:
         return "sketch"

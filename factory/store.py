@@ -24,6 +24,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 from factory import schema
 from factory.digests import Digests
 from factory.files import make_folder, write_atomic
+from factory.settings import NothingThere, UsageError
 
 UNITS = "animesketch.units"  # of a transaction: its units; of a table's configuration: those of pruned history
 _SETTINGS = b"animesketch.config"
@@ -31,6 +32,10 @@ _SETTINGS = b"animesketch.config"
 
 class StoreError(ValueError):
     """The dataset root cannot be used as it is."""
+
+
+class UnusableRoot(StoreError, UsageError):
+    """The dataset root that was given is none, or of another version."""
 
 
 class DatasetBusy(StoreError):
@@ -50,7 +55,7 @@ class Store:
 
     def __init__(self, root: str) -> None:
         if "://" in root:
-            raise StoreError(f"--root {root}: only local folders can be written so far; give a path.")
+            raise UnusableRoot(f"--root {root}: only local folders can be written so far; give a path.")
         self.root = Path(root)
 
     def uri(self, name: str) -> str:
@@ -62,9 +67,9 @@ class Store:
         return any(Path(self.uri(name), "_versions").glob("*.manifest"))
 
     def create(self) -> None:
-        """Make the root and whatever table it lacks. Raises StoreError when a table is of another format."""
+        """Make the root and whatever table it lacks. Raises UnusableRoot when a table is of another format."""
         if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"Dataset root {self.root} is a file. Give a folder.")
+            raise UnusableRoot(f"Dataset root {self.root} is a file. Give a folder.")
         for name, columns in schema.TABLES.items():
             make_folder(self._ledger_file(name, "").parent)
             if not self.has(name):
@@ -93,9 +98,9 @@ class Store:
             self.record_versions("samples")
 
     def table(self, name: str) -> lance.LanceDataset:
-        """Return the newest version of table `name`. Raises FileNotFoundError or StoreError, saying what to do."""
+        """Return the newest version of table `name`. Raises NothingThere or StoreError, saying what to do."""
         if not os.path.exists(self.uri(name)):
-            raise FileNotFoundError(
+            raise NothingThere(
                 f"No table {self.uri(name)}. Make the dataset first: python -m factory build SOURCES --root {self.root}"
             )
         try:
@@ -105,7 +110,7 @@ class Store:
         found = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         for key, value in schema.TABLES[name].metadata.items():
             if found.get(key.decode()) != value.decode():
-                raise StoreError(
+                raise UnusableRoot(
                     f"Table {self.uri(name)} says {key.decode()} = {found.get(key.decode())}, this version reads "
                     f"{value.decode()}. Use the version that wrote it, or build into a new root."
                 )

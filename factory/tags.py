@@ -7,22 +7,25 @@ from pathlib import Path
 
 from factory import schema
 from factory.files import sync
+from factory.settings import UsageError
 from factory.store import Store, StoreError
+
+
+class BadTag(StoreError, UsageError):
+    """The tag cannot be given, or is not there."""
 
 
 def tag(store: Store, name: str) -> dict[str, int]:
     """Name the newest version of each table, in a locked root; return these versions by table.
 
-    Raises StoreError for a name that is a number or has other characters than letters, digits, ".", "-" and "_", and
+    Raises BadTag for a name that is a number or has other characters than letters, digits, ".", "-" and "_", and
     for one that is taken. A tag that a crash left on some of the tables only is set anew.
     """
     if not re.fullmatch(r"[\w.-]*[A-Za-z_-][\w.-]*", name, re.ASCII):
-        raise StoreError(
-            f'Tag {name!r}: use letters, digits, ".", "-" and "_", and not digits alone: those are versions.'
-        )
+        raise BadTag(f'Tag {name!r}: use letters, digits, ".", "-" and "_", and not digits alone: those are versions.')
     taken = tags(store).get(name, {})
     if len(taken) == len(schema.TABLES):
-        raise StoreError(
+        raise BadTag(
             f"Tag {name!r} is taken: it names {_said(taken)}. Take another, or remove it first: "
             f"python -m factory tag {name} --delete --root {store.root}"
         )
@@ -36,9 +39,9 @@ def tag(store: Store, name: str) -> dict[str, int]:
 
 
 def delete(store: Store, name: str) -> None:
-    """Take a tag off all tables, in a locked root; their versions stay until a clean-up. StoreError when absent."""
+    """Take a tag off all tables, in a locked root; their versions stay until a clean-up. BadTag when absent."""
     if name not in tags(store):
-        raise StoreError(f"No tag {name!r}. There are: {', '.join(tags(store)) or 'none'}.")
+        raise BadTag(f"No tag {name!r}. There are: {', '.join(tags(store)) or 'none'}.")
     for table_name in schema.TABLES:
         table = store.table(table_name)
         if name in table.tags.list():

@@ -16,17 +16,18 @@ from factory import caption as captions
 from factory import schema, worker
 from factory.candidates import failed_candidate
 from factory.config import FactoryConfig
-from factory.fetch import on_disk
+from factory.fetch import on_disk, unread
 from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
-from factory.sources import describe_source
+from factory.sources import identify, unopened
 from factory.split import split_of
 from factory.store import DamagedData, Store
 from factory.video import Segment
 
 _TRAINING_SIDE = 1024  # long side of training_sketch, pixels
 _THUMBNAIL_HEIGHT = 180  # pixels
+_PROBED_BYTES_PER_SECOND = 2e6  # at least: all of a film's packets are read, from an object store too
 
 
 class DescribeSources:
@@ -38,14 +39,34 @@ class DescribeSources:
         self._known = {(row["uri"], row["size_bytes"], row["modified_ns"]): row["source_id"] for row in known}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"json": json.dumps([self._describe(uri) for uri in row["uris"]])}
+        sources = [self._known_source(uri) or identify(uri) for uri in row["uris"]]
+        self._probe([source for source in sources if "size_bytes" in source and "error" not in source])
+        return {"json": json.dumps(sources)}
 
-    def _describe(self, uri: str) -> dict[str, Any]:
+    def _known_source(self, uri: str) -> dict[str, Any] | None:
         with contextlib.suppress(OSError):  # then it is described, as what cannot be read
             source_id = self._known.get((uri, *stamp(uri)))
             if source_id is not None:
                 return {"source_id": source_id, "uri": uri}
-        return describe_source(uri, self._config.video)
+        return None
+
+    def _probe(self, sources: list[dict[str, Any]]) -> None:
+        """Add to each of `sources` what is in its file; one that the machine failed is pending, to be tried again."""
+        config = self._config.video
+        answers = worker.run_for_each(
+            "factory.sources:probe_sources",
+            [source["uri"] for source in sources],
+            config,
+            deadline_seconds=config.deadline_seconds,
+            seconds=[source["size_bytes"] / _PROBED_BYTES_PER_SECOND for source in sources],
+            memory_limit_mb=config.memory_limit_mb,
+        )
+        for source, answer in zip(sources, answers, strict=True):
+            if isinstance(answer, worker.WorkerLost):
+                answer = {"status": "pending", "error": f"probe: {answer}"}
+            elif isinstance(answer, worker.WorkerFailed):
+                answer = unopened(source["uri"], answer)
+            source |= answer
 
 
 class DecodeSegment:
@@ -57,41 +78,52 @@ class DecodeSegment:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         segment = Segment(**row)
-        try:
-            with on_disk(segment, self._config.video) as path:
-                rows = self._candidates(replace(segment, uri=path))
-        except (OSError, worker.WorkerEnded) as error:
-            reason = f"decode: {error.strerror or error}" if isinstance(error, OSError) else f"decode: {error}"
-            return {"entry": json.dumps({"error": reason, "source_id": segment.source_id})}
-        entry = self._store.write_unit("candidates", segment.segment_id, rows)
-        return {"entry": json.dumps(entry)}
+        answer: dict[str, Any] = {}
+        for _ in range(worker.ATTEMPTS):
+            try:
+                with on_disk(segment, self._config.video) as path:
+                    unit, rows = self._candidates(replace(segment, uri=path))
+            except (OSError, worker.WorkerLost) as error:
+                answer = unread(segment, error)
+                if answer["status"] == "failed":
+                    break
+            else:
+                answer = self._store.write_unit("candidates", unit, rows)
+                break
+        return {"entry": json.dumps(answer)}
 
-    def _candidates(self, segment: Segment) -> list[dict[str, Any]]:
-        """Return the segment's candidates, the last one failed where it can't be read to its end."""
-        limits = self._config.video
-        deadline = limits.deadline_seconds + limits.deadline_per_second * (segment.end - segment.start)
-        rows: list[dict[str, Any]] = []
-        failure = self._decode(segment, deadline, rows, "decord")
+    def _candidates(self, segment: Segment) -> tuple[str, list[dict[str, Any]]]:
+        """Return the name of the unit that the segment's candidates make, and these.
+
+        The last one is failed where the segment can't be read to its end; the only one where the limits forbade that,
+        for how far it came is chance then. WorkerLost where the machine did.
+        """
+        rows, failure = self._decode(segment, "decord")
         if failure:  # once more, with the decoder that gives all that comes before it
-            rows = []
-            failure = self._decode(segment, deadline, rows, "av")
-        if failure:
+            rows, failure = self._decode(segment, "av")
+        unit = segment.segment_id
+        if isinstance(failure, worker.WorkerEnded):
+            limits = self._config.video.limits
+            unit, rows = segment.within(limits), [failed_candidate(segment, segment.start, str(failure), limits)]
+        elif failure:
             after = rows[-1]["shot_end"] if rows else segment.start
-            rows.append(failed_candidate(segment, after, failure))
-        return [row | {"decode_fingerprint": self._fingerprint} for row in rows]
+            rows.append(failed_candidate(segment, after, str(failure)))
+        return unit, [row | {"decode_fingerprint": self._fingerprint} for row in rows]
 
-    def _decode(self, segment: Segment, deadline: float, rows: list[dict[str, Any]], decoder: str) -> str:
-        """Append the segment's candidates to `rows`; return why it can't be read to its end, or nothing."""
-        frames = ("factory.candidates:candidate_frames", segment, self._config.video, decoder)
-        limits = {"deadline_seconds": deadline, "memory_limit_mb": self._config.video.memory_limit_mb}
+    def _decode(self, segment: Segment, decoder: str) -> tuple[list[dict[str, Any]], worker.WorkerFailed | None]:
+        """Return the segment's candidates, and why it can't be read to its end, if so."""
+        config = self._config.video
+        deadline = config.deadline_seconds + config.deadline_per_second * (segment.end - segment.start)
+        frames = ("factory.candidates:candidate_frames", segment, config, decoder)
+        rows: list[dict[str, Any]] = []
         try:
-            for candidate in worker.run_killable(*frames, **limits):
+            for candidate in worker.run_killable(
+                *frames, deadline_seconds=deadline, memory_limit_mb=config.memory_limit_mb
+            ):
                 rows.append(candidate)
-        except worker.WorkerEnded:
-            raise
         except worker.WorkerFailed as error:
-            return str(error)
-        return ""
+            return rows, error
+        return rows, None
 
 
 class DecodePictures:
@@ -103,30 +135,27 @@ class DecodePictures:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         segments = [Segment(**segment) for segment in row["segments"]]
-        answers: list[dict[str, Any]] = []
-        while len(answers) < len(segments):
-            failure = self._decode(segments[len(answers) :], answers)
-            if failure:  # once more, alone: was it this picture, or the machine?
-                alone = segments[len(answers)]
-                again = self._decode([alone], answers)
-                answers += [failed_candidate(alone, 0.0, again)] if again else []
-        rows = [answer | {"decode_fingerprint": self._fingerprint} for answer in answers if "error" not in answer]
-        parts = [row["segment_id"] for row in rows]
-        entry = self._store.write_unit("candidates", unit("pictures", parts), rows, parts)
-        return {"entry": json.dumps(entry | {"unread": [answer for answer in answers if "error" in answer]})}
-
-    def _decode(self, segments: list[Segment], answers: list[dict[str, Any]]) -> str:
-        """Append to `answers` one per segment; return why the process ended before the next one, or nothing."""
         config = self._config.video
-        pictures = ("factory.candidates:picture_candidates", segments, config)
-        deadline = config.deadline_seconds + config.deadline_per_second * len(segments)
-        limits = {"deadline_seconds": deadline, "memory_limit_mb": config.memory_limit_mb}
-        try:
-            for answer in worker.run_killable(*pictures, **limits):
-                answers.append(answer)
-        except worker.WorkerFailed as error:
-            return str(error)
-        return ""
+        answers = worker.run_for_each(
+            "factory.candidates:picture_candidates",
+            segments,
+            config,
+            deadline_seconds=config.deadline_seconds,
+            seconds=[config.deadline_per_second] * len(segments),
+            memory_limit_mb=config.memory_limit_mb,
+        )
+        told = [self._told(*pair) for pair in zip(segments, answers, strict=True)]
+        rows = [row | {"decode_fingerprint": self._fingerprint} for row in told if "error" not in row]
+        parts = [row["segment_id"] for row in rows]
+        entry = self._store.write_unit("candidates", unit("pictures", parts), rows, parts) if rows else {}
+        return {"entry": json.dumps(entry | {"unread": [row for row in told if "error" in row]})}
+
+    def _told(self, segment: Segment, answer: dict[str, Any] | Exception) -> dict[str, Any]:
+        """Return the row of a picture, or what fetch.unread tells of it."""
+        if isinstance(answer, worker.WorkerFailed):
+            limits = self._config.video.limits if isinstance(answer, worker.WorkerEnded) else ""
+            return failed_candidate(segment, 0.0, str(answer), limits)
+        return unread(segment, answer) if isinstance(answer, Exception) else answer
 
 
 class AppendSamples:
@@ -141,12 +170,15 @@ class AppendSamples:
         addresses = [int(address) for address in row["addresses"]]
         copied = [f.name for f in schema.CANDIDATES if f.name in schema.SAMPLES.names and f.name != "image"]
         candidates = self._store.rows_at("candidates", addresses, [*copied, "decode_fingerprint"])
-        pictures = self._store.read_pictures("candidates", "image", addresses)
         uris = self._store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
         uri_of = {source["source_id"]: source["uri"] for source in uris}
-        rows = []
-        for candidate, picture in zip(candidates, pictures, strict=True):
-            _check(picture, candidate["image_sha256"], f"image of candidate {candidate['frame_id']}")
+        rows, damaged = [], []
+        for address, candidate in zip(addresses, candidates, strict=True):
+            try:
+                picture = _picture(self._store, "candidates", address, candidate)
+            except DamagedData as error:
+                damaged.append({"error": str(error)})
+                continue
             stages = {"decode": candidate.pop("decode_fingerprint"), "select": self._fingerprint}
             source = candidate["source_id"]
             rows.append(
@@ -155,7 +187,8 @@ class AppendSamples:
                 | {"split": self._splits.get(source) or split_of(source, uri_of[source], self._config.split)}
             )
         name = unit("samples", [row["frame_id"] for row in rows])
-        return {"entry": json.dumps(self._store.write_unit("samples", name, rows))}
+        entry = self._store.write_unit("samples", name, rows) if rows else {}
+        return {"entry": json.dumps(entry | {"unread": damaged})}
 
 
 class DrawSketches:
@@ -166,8 +199,8 @@ class DrawSketches:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         cv2.setNumThreads(1)
-        rows = []
-        for sample, image in _pictures(self._store, task):
+        rows, damaged = [], []
+        for sample, image in _pictures(self._store, task, damaged):
             lines = engine.sketch(image, self._config.sketch)
             png = _png(lines)
             small = engine.reduced(lines, _TRAINING_SIDE)
@@ -184,7 +217,7 @@ class DrawSketches:
                     "stages": sample["stages"] | {"sketch": self._fingerprint},
                 }
             )
-        return {"entry": json.dumps(self._store.write_updates("samples", int(task["fragment"]), rows))}
+        return _updated(self._store, task, rows, damaged)
 
 
 class WriteCaptions:
@@ -195,6 +228,7 @@ class WriteCaptions:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         captioner = captions.Captioner(self._config.caption.model)
+        damaged: list[dict[str, Any]] = []
         rows = [
             {
                 "frame_id": sample["frame_id"],
@@ -203,24 +237,47 @@ class WriteCaptions:
                 "keywords": list(self._config.caption.keywords),
                 "stages": sample["stages"] | {"caption": self._fingerprint},
             }
-            for sample, image in _pictures(self._store, task)
+            for sample, image in _pictures(self._store, task, damaged)
         ]
-        return {"entry": json.dumps(self._store.write_updates("samples", int(task["fragment"]), rows))}
+        return _updated(self._store, task, rows, damaged)
 
 
-def _pictures(store: Store, task: dict[str, Any]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Yield (row, RGB image) for the samples of a task, one picture in memory at a time."""
+def _updated(
+    store: Store, task: dict[str, Any], rows: list[dict[str, Any]], damaged: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write the new columns of a task's samples, and return the answer: its entry, and what is damaged."""
+    entry = store.write_updates("samples", int(task["fragment"]), rows) if rows else {}
+    return {"entry": json.dumps(entry | {"unread": damaged})}
+
+
+def _pictures(
+    store: Store, task: dict[str, Any], damaged: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Yield (row, RGB image) for the samples of a task, one picture in memory at a time.
+
+    What is damaged is left out, and appended to `damaged` with the reason.
+    """
     addresses = [int(address) for address in task["addresses"]]
     samples = store.rows_at("samples", addresses, ["frame_id", "image_sha256", "stages"])
     for address, sample in zip(addresses, samples, strict=True):
-        data = store.read_pictures("samples", "image", [address])[0]
-        _check(data, sample["image_sha256"], f"image of sample {sample['frame_id']}")
-        yield sample, decode_image(data or b"")
+        try:
+            picture = _picture(store, "samples", address, sample)
+        except DamagedData as error:
+            damaged.append({"error": str(error)})
+        else:
+            yield sample, decode_image(picture)
 
 
-def _check(data: bytes | None, sha256: str, what: str) -> None:
-    if data is None or hashlib.sha256(data).hexdigest() != sha256:
+def _picture(store: Store, name: str, address: int, row: dict[str, Any]) -> bytes:
+    """Return the encoded image of a row of table `name`. DamagedData when it is gone or not what the row says."""
+    what = f"image of {row['frame_id']} in {name}"
+    try:
+        (data,) = store.read_pictures(name, "image", [address])
+    except (OSError, ValueError) as error:
+        raise DamagedData(f"The {what} cannot be read: {error}") from error
+    if data is None or hashlib.sha256(data).hexdigest() != row["image_sha256"]:
         raise DamagedData(f"The {what} does not match its sha256: the table's files were changed or damaged.")
+    return data
 
 
 def unit(kind: str, keys: list[str]) -> str:

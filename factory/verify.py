@@ -61,7 +61,7 @@ class Report:
 def verify(store: Store) -> Report:
     """Read all that the newest and the tagged versions of the tables refer to, on all cores, in bounded memory.
 
-    Needs no lock: what is read is never changed in place. FileNotFoundError where there is no table at all.
+    Needs no lock: what is read is never changed in place. NothingThere where there is no table at all.
     """
     if not any(os.path.exists(store.uri(name)) for name in schema.TABLES):
         store.table("samples")  # says what to do

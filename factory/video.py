@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from factory.settings import STRICT
 
@@ -100,6 +101,11 @@ class VideoConfig:
             raise ValueError(f"video.jpeg_quality must lie in 1 to 100, got {self.jpeg_quality}.")
 
     @property
+    def limits(self) -> str:
+        """The limits of a segment's process, in words: `120s+10-4000MB`."""
+        return f"{self.deadline_seconds:g}s+{self.deadline_per_second:g}-{self.memory_limit_mb}MB"
+
+    @property
     def reach_seconds(self) -> float:
         """How far beyond a frame the film must be known to say whether a shot starts there (s)."""
         return max(self.transition_seconds, 2 * self.min_shot_seconds)
@@ -120,7 +126,17 @@ class Segment:
     end: float
     modified_ns: int  # of the file when it was hashed
 
+    WITHIN: ClassVar[str] = " within "  # stands between key and limits of one that can't be decoded within these
+
     @property
     def segment_id(self) -> str:
         """The segment's key: `<source_id[:16]>@<start>-<end>` in microseconds."""
         return f"{self.source_id[:16]}@{round(self.start * 1e6)}-{round(self.end * 1e6)}"
+
+    def within(self, limits: str) -> str:
+        """Return the key of the segment as one that can't be decoded within `limits` (of VideoConfig)."""
+        return f"{self.segment_id}{self.WITHIN}{limits}"
+
+    def is_done(self, units: Container[str], limits: str) -> bool:
+        """Return whether `units` has the segment, or that it can't be decoded within `limits`."""
+        return self.segment_id in units or self.within(limits) in units

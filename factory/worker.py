@@ -1,7 +1,7 @@
 """A generator run in a process of its own that can be killed from outside.
 
 A video library can spin for ever while it holds the GIL, so a deadline inside the process would never fire; and a small
-file can unpack to any amount of memory.
+file can unpack to any amount of memory. What goes wrong is told by whose fault it is: the input's, or the machine's.
 """
 
 from __future__ import annotations
@@ -24,21 +24,30 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05  # between two looks at the process
+# Signals by which a process ends that did something wrong itself: a library that fails over its input.
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+
+ATTEMPTS = 3  # at work whose process the machine failed
 
 
 class WorkerFailed(RuntimeError):
-    """The generator raised: with the same input it would again."""
+    """The input's fault, the generator raised or crashed: with the same input it would again."""
 
 
 class WorkerEnded(WorkerFailed):
-    """The process died or went beyond its limits: on another machine, or with other limits, it might not."""
+    """The process went beyond its limits and was ended: with other limits it might not."""
+
+
+class WorkerLost(RuntimeError):
+    """The machine's fault, the process was killed or lacked something: tried again, it may work."""
 
 
 def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limit_mb: int) -> Iterator[Any]:
     """Yield what the generator `function` ("module:name") yields for `args`, from a process of its own.
 
-    Raises WorkerFailed with the generator's own words, WorkerEnded when the process died, was not done in time or held
-    more memory (resident, MB of 10^6 bytes) than allowed. What was yielded before stays good.
+    Raises WorkerFailed with the generator's own words, or when it crashed; WorkerEnded when it was not done in time or
+    held more memory (resident, MB of 10^6 bytes) than allowed; WorkerLost when the process was killed by another, and
+    for an OSError, ImportError or MemoryError in it. What was yielded before stays good.
     """
     ours, theirs = Pipe()
     with tempfile.TemporaryFile() as words:
@@ -64,17 +73,74 @@ def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limi
                     code = child.wait()
                     words.seek(0)
                     last = words.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-                    raise WorkerEnded(watch.reason or f"the process ended with code {code}: {last[0]}") from None
+                    if watch.reason:
+                        raise WorkerEnded(watch.reason) from None
+                    if -code in _CRASHES:
+                        raise WorkerFailed(f"the process crashed ({signal.strsignal(-code)}): {last[0]}") from None
+                    raise WorkerLost(_how_it_ended(code, last[0])) from None
                 if kind == "end":
                     return
                 if kind == "error":
                     raise WorkerFailed(value)
+                if kind == "machine":
+                    raise WorkerLost(value)
                 yield value
         finally:
             watch.stop()
             child.kill()
             child.wait()
             ours.close()
+
+
+def run_for_each(
+    function: str,
+    items: list[Any],
+    *args: Any,
+    deadline_seconds: float,
+    seconds: list[float],
+    memory_limit_mb: int,
+) -> list[Any]:
+    """Return what the generator `function` yields for (items, *args), one answer per item in order, from one process.
+
+    Where the process ends or fails, the item that it was at is tried alone: its WorkerFailed or WorkerLost takes the
+    answer's place, and the others go on. A process may take `deadline_seconds`, and of its items the `seconds` each.
+    """
+    answers: list[Any] = []
+
+    def take(end: int) -> WorkerFailed | WorkerLost | None:
+        """Append the answers of the next items, those before `end`; return why not of all."""
+        start = len(answers)
+        limit = deadline_seconds + sum(seconds[start:end])
+        try:
+            for answer in run_killable(
+                function, items[start:end], *args, deadline_seconds=limit, memory_limit_mb=memory_limit_mb
+            ):
+                answers.append(answer)
+        except (WorkerFailed, WorkerLost) as error:
+            return error
+        return None
+
+    while len(answers) < len(items):
+        if take(len(items)) is None or len(answers) == len(items):
+            break
+        at = len(answers)
+        failure: WorkerFailed | WorkerLost | None = None
+        for _ in range(ATTEMPTS):
+            failure = take(at + 1)
+            if not isinstance(failure, WorkerLost):
+                break
+        if len(answers) == at:
+            answers.append(failure)
+    return answers
+
+
+def _how_it_ended(code: int, last: str) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            "the process was killed from outside (SIGKILL). Where the machine is short of memory, let fewer run at "
+            "once: --set num_cpus=2"
+        )
+    return f"the process ended with code {code}: {last}"
 
 
 class _Watch(threading.Thread):
@@ -128,9 +194,15 @@ def _main(fd: int) -> None:
             connection.send(("row", value))
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        connection.send(("error", message))
+        connection.send(("machine" if _is_of_machine(error) else "error", message))
     else:
         connection.send(("end", None))
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Return whether `error` says something of the machine. FFmpeg's never do: PyAV's are OSErrors at times, and what
+    they tell is that the file is damaged."""
+    return isinstance(error, OSError | ImportError | MemoryError) and type(error).__module__ != "av.error"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,14 +17,19 @@ from factory import store, tasks, worker
 
 
 class KilledOnce:
-    """A task that is killed once, at `point` of its first run, and notes each run in `folder`."""
+    """A task that is killed once, at `point` of its first run, and notes each run in `folder`.
 
-    def __init__(self, task: Callable[[dict], dict], point: str, folder: Path) -> None:
-        self._task, self._point, self._folder = task, point, folder
+    Its first run is the first over a row that holds `word`.
+    """
+
+    def __init__(self, task: Callable[[dict], dict], point: str, folder: Path, word: str = "") -> None:
+        self._task, self._point, self._folder, self._word = task, point, folder, word
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         with open(self._folder / "runs", "a") as file:
             file.write(f"{sorted(row.items())}\n")
+        if self._word not in str(row):
+            return self._task(row)
         try:
             (self._folder / "killed").touch(exist_ok=False)
         except FileExistsError:
@@ -63,14 +69,15 @@ def _before_the_ledger() -> Any:
     )
 
 
-def _the_decoder_after_its_first_row() -> Any:
-    run = worker.run_killable
+def _the_decoder_after_its_first_row(times: int = 1000) -> Any:
+    run, left = worker.run_killable, [times]
 
     def run_and_kill(*args: Any, **more: Any) -> Iterator[Any]:
         for row in run(*args, **more):
             yield row
-            for child in psutil.Process().children():
+            for child in psutil.Process().children() if left[0] else ():
                 if "factory.worker" in child.cmdline():
+                    left[0] -= 1
                     child.kill()
 
     return mock.patch.object(worker, "run_killable", run_and_kill)
@@ -79,5 +86,6 @@ def _the_decoder_after_its_first_row() -> Any:
 _POINTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "mid-unit": _at_the_second_picture,
     "before the ledger": _before_the_ledger,
-    "the decoder, mid-unit": _the_decoder_after_its_first_row,
+    "the decoder, once": functools.partial(_the_decoder_after_its_first_row, 1),
+    "the decoder, at each attempt": _the_decoder_after_its_first_row,
 }

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from factory.__main__ import _VERBS, USAGE, _parser, main
+from factory import tags
+from factory.__main__ import _VERBS, UNFINISHED, USAGE, _parser, main
 from factory.config import micro, paper
-from factory.settings import load
+from factory.settings import NothingThere, UsageError, load
+from factory.store import StoreError
 
 
 def _refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -84,3 +86,34 @@ def test_settings_of_another_version_are_refused_with_what_to_do(
     told = capsys.readouterr().err
     assert "colour_of_the_sky" in told
     assert "Give --preset." in told
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("that is no film"), USAGE),
+        (NothingThere("no such model"), USAGE),
+        (StoreError("try again"), UNFINISHED),
+        (FileNotFoundError(2, "No such file or directory", "/tables/1.lance"), UNFINISHED),
+        (ValueError("a bug"), None),
+        (KeyError("a bug"), None),
+    ],
+)
+def test_only_wrong_usage_is_told_as_such_and_a_bug_keeps_its_trace(
+    error: Exception,
+    code: int | None,
+    small_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tags, "tags", fails)
+    command = ["tag", "--root", str(small_dataset)]
+    if code is None:
+        with pytest.raises(type(error), match="a bug"):
+            main(command)  # Python prints the trace, and ends with 1
+    else:
+        assert main(command) == code
+        assert f"factory: {error}" in capsys.readouterr().err

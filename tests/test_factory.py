@@ -19,6 +19,7 @@ from factory.candidates import candidate_frames
 from factory.config import FactoryConfig, micro
 from factory.sources import describe_source, find_sources, segments_of
 from factory.store import Store
+from factory.verify import verify
 from tests.footage import patterns, write_film
 
 REPO = Path(__file__).parent.parent
@@ -156,18 +157,27 @@ def test_a_film_that_moved_goes_on_where_it_is_now(
     assert {Path(uri).parent.name for uri in uris} == {"moved"}
 
 
-def test_a_segment_that_was_too_slow_is_tried_again(
-    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
+def test_a_segment_that_was_too_slow_is_tried_again_with_other_limits(
+    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     store = Store(str(tmp_path / "root"))
     paths = find_sources([str(films)])
     hurried = _config("video.deadline_seconds=0.01", "video.deadline_per_second=0")
-    pipeline.build(store, paths, hurried)
+    for _ in range(2):
+        pipeline.build(store, paths, hurried)
+    assert "decode   nothing to do" in capsys.readouterr().out  # with the same limits it is not tried again
+    failed = store.table("candidates").to_table(columns=["status", "reason"]).to_pylist()
+    assert [row["status"] for row in failed] == ["failed", "failed"]
     rows = store.table("sources").to_table(columns=["status", "error"]).to_pylist()
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert all("not finished after 0.01 s" in row["error"] for row in rows)
+    later = _config("video.deadline_seconds=0.02", "video.deadline_per_second=0")
+    pipeline.decode(store, paths, later)
+    failed = store.table("candidates").to_table(columns=["status", "reason"]).to_pylist()
+    assert ["not finished after 0.02 s" in row["reason"] for row in failed] == [True, True]
     pipeline.build(store, paths, _config())
     assert contents(tmp_path / "root") == contents(small_dataset)
+    assert verify(store).damaged == []
 
 
 def test_a_source_keeps_its_split(ray_session: str, small_dataset: Path, tmp_path: Path) -> None:
@@ -188,18 +198,60 @@ def test_a_source_keeps_its_split(ray_session: str, small_dataset: Path, tmp_pat
     assert {r["frame_id"]: r["split"] for r in _rows(strict)} == {r["frame_id"]: r["split"] for r in rows}
 
 
-def test_a_damaged_picture_is_named_and_not_passed_on(
+def _flip_a_picture(store: Store, name: str) -> tuple[str, Path, bytes]:
+    """Flip a byte of the first picture in a table; return its key, its file, and what the file was."""
+    row = store.table(name).to_table(columns=["frame_id"], with_row_address=True).to_pylist()[0]
+    (picture,) = store.read_pictures(name, "image", [row["_rowaddr"]])
+    assert picture is not None
+    (file,) = [
+        path for path in Path(store.uri(name), "data").rglob("*") if path.is_file() and picture in path.read_bytes()
+    ]
+    whole = file.read_bytes()
+    at = whole.index(picture) + len(picture) // 2
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    return row["frame_id"], file, whole
+
+
+def test_a_damaged_picture_is_named_and_its_neighbours_go_on(
     ray_session: str, small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     root = tmp_path / "root"
     shutil.copytree(small_dataset, root)
-    for file in (root / "samples.lance" / "data").rglob("*.blob"):
-        data = bytearray(file.read_bytes())
-        for place in range(1000, len(data), 997):
-            data[place] ^= 0xFF
-        file.write_bytes(data)
-    assert main(["sketch", "--root", str(root), "--set", "sketch.size=240"]) == UNFINISHED
-    assert "does not match its sha256" in capsys.readouterr().err
+    store = Store(str(root))
+    damaged, file, whole = _flip_a_picture(store, "samples")
+    command = ["sketch", "--root", str(root), "--set", "sketch.size=240"]
+    assert main(command) == UNFINISHED
+    told = capsys.readouterr()
+    assert f"The image of {damaged} in samples does not match its sha256" in told.err
+    assert (
+        f"1 damaged picture(s) were left out. See which files it is: python -m factory verify --root {root}" in told.err
+    )
+    assert told.out.endswith(f"next: python -m factory sketch --root {root}\n")
+    assert {row["frame_id"]: row["sketch_width"] for row in _rows(store)} == {
+        row["frame_id"]: 480 if row["frame_id"] == damaged else 240 for row in _rows(store)
+    }
+    assert len(_rows(store)) > 5
+    file.write_bytes(whole)
+    assert main(command) == 0
+    assert {row["sketch_width"] for row in _rows(store)} == {240}
+
+
+def test_a_damaged_candidate_is_not_passed_on_and_its_neighbours_are(
+    ray_session: str, small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(small_dataset, root)
+    wanted = {row["frame_id"] for row in _rows(Store(str(root)))}
+    shutil.rmtree(root / "samples.lance")
+    store = Store(str(root))
+    store.create()
+    damaged, file, whole = _flip_a_picture(store, "candidates")
+    assert main(["select", "--root", str(root)]) == UNFINISHED
+    assert f"The image of {damaged} in candidates does not match its sha256" in capsys.readouterr().err
+    assert {row["frame_id"] for row in _rows(store)} == wanted - {damaged} < wanted
+    file.write_bytes(whole)
+    assert main(["select", "--root", str(root)]) == 0
+    assert {row["frame_id"] for row in _rows(store)} == wanted
 
 
 def test_the_same_bytes_under_two_names_are_one_source(ray_session: str, films: Path, tmp_path: Path) -> None:
@@ -263,11 +315,27 @@ def test_a_command_starts_from_the_settings_of_the_one_before(
 
 
 def test_other_video_settings_are_refused_on_an_old_root(
-    ray_session: str, small_dataset: Path, films: Path, capsys: pytest.CaptureFixture
+    ray_session: str, small_dataset: Path, film: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    arguments = ["build", str(films), "--root", str(small_dataset), "--set", "video.jpeg_quality=80"]
+    before = {name: Store(str(small_dataset)).table(name).version for name in schema.TABLES}
+    arguments = ["build", str(film), "--root", str(small_dataset), "--set", "video.jpeg_quality=80"]
     assert main(arguments) == USAGE
     assert "other video settings" in capsys.readouterr().err
+    assert {name: Store(str(small_dataset)).table(name).version for name in schema.TABLES} == before
+
+
+def test_a_stage_keeps_its_own_settings_only(
+    ray_session: str, small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    store = Store(str(tmp_path / "root"))
+    shutil.copytree(small_dataset, store.root)
+    before = store.settings() or {}
+    assert main(["sketch", "--root", str(store.root), "--set", "video.jpeg_quality=80"]) == USAGE
+    assert "--set video.jpeg_quality=80: sketch does not use it. Give it to build." in capsys.readouterr().err
+    config = tmp_path / "c.yaml"
+    config.write_text("video: {jpeg_quality: 80}\nsketch: {size: 240}\nnum_cpus: 0.5\n")
+    assert main(["sketch", "--root", str(store.root), "--config", str(config)]) == 0
+    assert store.settings() == before | {"sketch": before["sketch"] | {"size": 240}, "num_cpus": 0.5}
 
 
 def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFixture) -> None:

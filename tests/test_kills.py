@@ -13,11 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from factory import pipeline, settings, status, tasks
+from factory import pipeline, settings, tasks
+from factory.__main__ import DONE, UNFINISHED, main
 from factory.config import FactoryConfig, micro
 from factory.sources import find_sources
 from factory.store import Store
 from factory.verify import verify
+from tests.footage import patterns, write_film
 from tests.killing import KilledOnce, runs
 from tests.test_factory import OVERRIDES, contents
 
@@ -116,25 +118,65 @@ def test_a_task_whose_worker_was_killed_is_run_again_and_no_other(
     assert len(inputs) == len(set(inputs)) + 1 >= 3
 
 
-def test_a_killed_decoder_leaves_its_film_to_the_next_run(
-    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a film of two shots and a coarser copy of it, whose frames are duplicates that lose."""
+    folder = tmp_path_factory.mktemp("copies")
+    for name, crf in (("better.mp4", "12"), ("copy.mp4", "24")):
+        write_film(folder / name, patterns(2, 24, (480, 270)), encoder={"crf": crf})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: str, copies: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    store = Store(str(tmp_path_factory.mktemp("undisturbed") / "root"))
+    pipeline.build(store, find_sources([str(copies)]), small_units())
+    found = contents(store.root)
+    samples = [json.loads(row) for _, row in found["samples"]]
+    sources = {row["source_id"]: row["uri"] for row in (json.loads(text) for _, text in found["sources"])}
+    assert [Path(sources[row["source_id"]]).name for row in samples] == ["better.mp4"] * 2
+    return found
+
+
+def test_a_decoder_that_was_killed_is_started_again_in_the_same_build(
+    undisturbed: dict, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_task(monkeypatch, "DecodeSegment", "the decoder, mid-unit", tmp_path)
+    replace_task(monkeypatch, "DecodeSegment", "the decoder, once", tmp_path, "better.mp4")
     store = Store(str(tmp_path / "root"))
-    for expected in (1, 0):
-        pipeline.build(store, find_sources([str(films)]), small_units())
-        assert len(status.funnel(store)["failed_sources"]) == expected
-    assert contents(store.root) == contents(small_dataset)
-    inputs = runs(tmp_path)
-    assert len(inputs) == len(set(inputs)) + 1 == 3
+    pipeline.build(store, find_sources([str(copies)]), small_units())
+    assert (tmp_path / "killed").exists()
+    assert contents(store.root) == undisturbed
+
+
+def test_nothing_is_selected_without_a_film_whose_decoder_is_always_killed(
+    undisturbed: dict, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    store = Store(str(tmp_path / "root"))
+    sets = [part for override in (*OVERRIDES, *SMALL_UNITS) for part in ("--set", override)]
+    command = ["build", str(copies), "--root", str(store.root), *sets]
+    with monkeypatch.context() as patch:
+        replace_task(patch, "DecodeSegment", "the decoder, at each attempt", tmp_path, "better.mp4")
+        assert main(command) == UNFINISHED
+    told = capsys.readouterr().err
+    assert "1 source(s) are not decoded to their end. Run the same build again." in told
+    assert "better.mp4: decode: the process was killed from outside (SIGKILL)" in told
+    rows = store.table("sources").to_table(columns=["uri", "status", "error"]).to_pylist()
+    assert {Path(row["uri"]).name: row["status"] for row in rows} == {"better.mp4": "pending", "copy.mp4": "ok"}
+    assert store.table("candidates").count_rows("status is not null") == store.table("samples").count_rows() == 0
+    assert main(["select", "--root", str(store.root)]) == UNFINISHED
+    assert main(["status", "--root", str(store.root)]) == DONE
+    told = capsys.readouterr().out
+    assert "better.mp4: decode: the process was killed from outside" in told
+    assert main(command) == DONE
+    assert contents(store.root) == undisturbed
 
 
 def small_units() -> FactoryConfig:
     return settings.load(micro(), None, [*OVERRIDES, *SMALL_UNITS])
 
 
-def replace_task(monkeypatch: pytest.MonkeyPatch, task: str, point: str, folder: Path) -> None:
+def replace_task(monkeypatch: pytest.MonkeyPatch, task: str, point: str, folder: Path, word: str = "") -> None:
     """Put a KilledOnce around one of the pipeline's tasks."""
     original = getattr(tasks, task)
-    made = {**vars(tasks), task: lambda *arguments: KilledOnce(original(*arguments), point, folder)}
+    made = {**vars(tasks), task: lambda *arguments: KilledOnce(original(*arguments), point, folder, word)}
     monkeypatch.setattr(pipeline, "tasks", SimpleNamespace(**made))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import zlib
 from dataclasses import asdict
@@ -233,6 +234,7 @@ def test_a_picture_that_ends_its_process_is_a_failed_row_and_its_neighbours_are_
     rows = [describe_source(path, VideoConfig()) for path in find_sources([str(folder)])]
     segments = [segment for row in rows for segment in segments_of(row)]
     monkeypatch.setenv("DEADLY", segments[2].source_id)
+    monkeypatch.setenv("KILLED", segments[5].source_id)
     run = tasks.worker.run_killable
     monkeypatch.setattr(
         tasks.worker, "run_killable", lambda _, *args, **limits: run("tests.test_pictures:_deadly", *args, **limits)
@@ -241,16 +243,21 @@ def test_a_picture_that_ends_its_process_is_a_failed_row_and_its_neighbours_are_
     entry = json.loads(
         tasks.DecodePictures(store, _config())({"segments": [asdict(segment) for segment in segments]})["entry"]
     )
-    assert entry["rows"] == len(segments) - 1 == 7
-    assert entry["unread"] == [{"source_id": segments[4].source_id, "error": "decode: No such file or directory"}]
-    assert segments[2].segment_id in entry["units"]
-    assert segments[4].segment_id not in entry["units"]
+    assert entry["rows"] == len(segments) - 2 == 6
+    gone, killed = entry["unread"]
+    gone_for = {"status": "failed", "error": "decode: No such file or directory"}
+    assert gone == {"source_id": segments[4].source_id, **gone_for}
+    assert (killed["source_id"], killed["status"]) == (segments[5].source_id, "pending")
+    assert f"{segments[2].source_id[:16]}-000000000000-failed" in entry["keys"]
+    assert set(entry["units"][1:]) == {segment.segment_id for i, segment in enumerate(segments) if i not in (4, 5)}
 
 
 def _deadly(segments: list, config: VideoConfig) -> Any:
     for segment in segments:
         if segment.source_id == os.environ["DEADLY"]:
             os.abort()
+        if segment.source_id == os.environ["KILLED"]:
+            os.kill(os.getpid(), signal.SIGKILL)
         yield from candidates.picture_candidates([segment], config)
 
 

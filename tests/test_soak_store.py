@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from factory import pipeline, status
+from factory import pipeline
 from factory.sources import find_sources
-from factory.store import Store
+from factory.store import NotFinished, Store
 from factory.verify import verify
 from tests.killing import runs
 from tests.test_factory import contents
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.soak
 REPO = Path(__file__).parent.parent
 
 _POINTS = {
-    "DecodeSegment": ("at the start", "the decoder, mid-unit", "before the ledger", "before the answer"),
+    "DecodeSegment": ("at the start", "the decoder, at each attempt", "before the ledger", "before the answer"),
     "AppendSamples": ("at the start", "before the ledger", "before the answer"),
     "DrawSketches": ("at the start", "mid-unit", "before the answer"),
     "WriteCaptions": ("at the start", "mid-unit", "before the answer"),
@@ -75,8 +76,8 @@ def _build_to_the_end(films: Path, root: Path) -> int:
     """Build until no source is unfinished; return how often that took."""
     store = Store(str(root))
     for builds in (1, 2, 3):
-        pipeline.build(store, find_sources([str(films)]), small_units())
-        if not status.funnel(store)["failed_sources"]:
+        with contextlib.suppress(NotFinished):
+            pipeline.build(store, find_sources([str(films)]), small_units())
             return builds
     raise AssertionError(f"{root} is not finished after three builds")
 

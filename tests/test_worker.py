@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import os
 import re
 import signal
@@ -9,7 +11,9 @@ import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import av
 import pytest
 
 from factory import worker
@@ -53,12 +57,36 @@ def test_a_worker_that_takes_memory_is_ended_and_what_it_gave_stays() -> None:
     assert time.monotonic() - start < 20
 
 
-def test_death_and_exceptions_are_told_apart() -> None:
-    with pytest.raises(worker.WorkerEnded, match="code -9"):
-        list(worker.run_killable(f"{__name__}:_dies", deadline_seconds=30, memory_limit_mb=4000))
-    with pytest.raises(worker.WorkerFailed, match="a reason") as caught:
-        list(worker.run_killable(f"{__name__}:_raises", deadline_seconds=30, memory_limit_mb=4000))
-    assert not isinstance(caught.value, worker.WorkerEnded)
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("ValueError", worker.WorkerFailed, "a reason"),
+        ("av.error.InvalidDataError", worker.WorkerFailed, "Invalid data"),
+        ("av.error.OSError", worker.WorkerFailed, "Input/output"),  # FFmpeg's word for much that is damaged
+        ("SIGSEGV", worker.WorkerFailed, "crashed .Segmentation fault"),
+        ("OSError", worker.WorkerLost, "a reason"),
+        ("ModuleNotFoundError", worker.WorkerLost, "a reason"),
+        ("MemoryError", worker.WorkerLost, "a reason"),
+        ("SIGKILL", worker.WorkerLost, "killed from outside"),
+        ("SIGTERM", worker.WorkerLost, "code -15"),
+    ],
+)
+def test_the_inputs_failures_and_the_machines_are_told_apart(how: str, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        list(worker.run_killable(f"{__name__}:_ends", how, deadline_seconds=30, memory_limit_mb=4000))
+    assert type(caught.value) is kind
+
+
+def test_one_process_answers_for_all_items_and_each_failure_is_of_its_own_item(tmp_path: Path) -> None:
+    items = ["a", "SIGABRT", "b", "ValueError", "c", "SIGKILL", "d", "SIGKILL once", "e"]
+    answers = worker.run_for_each(
+        f"{__name__}:_answers", items, str(tmp_path), deadline_seconds=30, seconds=[1] * 9, memory_limit_mb=4000
+    )
+    told = [type(answer) if isinstance(answer, Exception) else answer for answer in answers]
+    failed, lost = worker.WorkerFailed, worker.WorkerLost
+    assert told == ["a", failed, "b", failed, "c", lost, "d", "SIGKILL once", "e"]
+    tried = [path.read_text() for path in sorted(tmp_path.iterdir())]
+    assert tried == ["SIGKILL" * 4, "SIGKILL once" * 2]  # with the others, and then three times alone; once
 
 
 def _counts(count: int):
@@ -93,11 +121,27 @@ def _takes_memory():
         yield i
 
 
-def _dies():
+def _ends(how: str):
     yield 1
-    os.kill(os.getpid(), 9)
+    if how.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, how))
+        time.sleep(30)
+    if how.startswith("av."):
+        kind = getattr(av.error, how.rpartition(".")[2])
+        raise kind(errno.EIO, "Invalid data" if "Invalid" in how else "Input/output error")
+    raise getattr(builtins, how)("a reason")
 
 
-def _raises():
-    yield 1
-    raise ValueError("a reason")
+def _answers(items: list[str], folder: str):
+    for item in items:
+        if "SIGKILL" in item:
+            with open(os.path.join(folder, item), "a") as file:
+                file.write(item)
+                tried = file.tell() // len(item)
+            if "once" not in item or tried == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif item.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, item))
+        elif item.endswith("Error"):
+            raise getattr(builtins, item)("a reason")
+        yield item

@@ -1,0 +1,204 @@
+"""Whose fault a failure is: what the film does is a row, what the machine does is tried again and left open."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factory import candidates, pipeline, settings, sources, tasks, worker
+from factory.config import micro
+from factory.sources import describe_source, segments_of
+from factory.store import NotFinished, Store
+from factory.video import Segment, VideoConfig
+from tests.test_worker import _spins
+
+
+@pytest.fixture
+def segment(film: Path, tmp_path: Path) -> Segment:
+    """A copy of the film of two shots, as a segment."""
+    path = Path(shutil.copy(film, tmp_path / "film.mp4"))
+    (found,) = segments_of(describe_source(str(path), VideoConfig()))
+    return found
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store(str(tmp_path / "root"))
+    made.create()
+    return made
+
+
+def decoded(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str, decoders: str, *limits: str
+) -> dict[str, Any]:
+    """What is told of a segment whose worker fails with any of the `decoders`, as _fails does."""
+    run = worker.run_killable
+    notes = str(store.root.parent / "attempts")
+    monkeypatch.setattr(
+        worker,
+        "run_killable",
+        lambda _, *args, **more: run(f"{__name__}:_fails", failure, decoders, notes, *args, **more),
+    )
+    config = settings.load(micro(), None, ["video.deadline_per_second=0", *limits])
+    return json.loads(tasks.DecodeSegment(store, config)(asdict(segment))["entry"])
+
+
+def _fails(
+    failure: str, decoders: str, notes: str, segment: Segment, config: VideoConfig, decoder: str
+) -> Iterator[dict[str, Any]]:
+    with open(notes, "a") as file:
+        file.write(f"{decoder}\n")
+    rows = candidates.candidate_frames(segment, config, decoder)  # type: ignore[arg-type]
+    if decoder in decoders.split():
+        yield next(rows)
+        held = [os.urandom(1_000_000) * 700] if failure == "memory" else []
+        if failure in ("hang", "memory"):
+            list(_spins())
+            held.clear()
+        if failure == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if failure == "killed" or (Path(notes).read_text().count("\n") == 1 and failure == "killed once"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if failure == "gone":
+            os.remove(segment.uri)
+            failure = "disk"
+        if failure in _ERRORS:
+            raise _ERRORS[failure]
+    yield from rows
+
+
+_ERRORS = {
+    "disk": OSError(errno.EIO, "Input/output error"),
+    "damage": RuntimeError("a frame is damaged"),
+}
+
+
+def attempts(store: Store) -> list[str]:
+    return (store.root.parent / "attempts").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("failure", "limit"),
+    [("hang", "video.deadline_seconds=8"), ("memory", "video.memory_limit_mb=600"), ("crash", "commit_every=8")],
+)
+def test_what_ends_decord_is_read_by_pyav(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str, limit: str
+) -> None:
+    entry = decoded(store, segment, monkeypatch, failure, "decord", limit)
+    assert entry["unit"] == segment.segment_id
+    assert entry["rows"] == 2
+    assert not any(key.endswith("failed") for key in entry["keys"])
+    assert attempts(store) == ["decord", "av"]
+
+
+@pytest.mark.parametrize("failure", ["crash", "damage"])
+def test_a_film_that_fails_both_decoders_keeps_what_came_before(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    entry = decoded(store, segment, monkeypatch, failure, "decord av")
+    assert entry["unit"] == segment.segment_id
+    assert entry["rows"] == 2
+    assert entry["keys"][-1].endswith("-failed")
+    assert attempts(store) == ["decord", "av"]
+
+
+def test_what_no_decoder_does_within_the_limits_is_a_row_of_these_limits(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = decoded(store, segment, monkeypatch, "memory", "decord av", "video.memory_limit_mb=600")
+    assert entry["units"] == [segment.within("120s+0-600MB")]
+    assert entry["keys"] == [f"{segment.source_id[:16]}-000000000000-failed-120s+0-600MB"]
+    assert attempts(store) == ["decord", "av"]
+
+
+@pytest.mark.parametrize("failure", ["killed", "disk"])
+def test_what_the_machine_does_is_tried_again_and_then_left_open(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    entry = decoded(store, segment, monkeypatch, failure, "decord")
+    assert (entry["source_id"], entry["status"]) == (segment.source_id, "pending")
+    assert entry["error"].startswith("decode: ")
+    assert not store.ledger("candidates")
+    assert attempts(store) == ["decord"] * worker.ATTEMPTS
+
+
+def test_what_the_machine_did_once_changes_nothing(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = decoded(store, segment, monkeypatch, "killed once", "decord")
+    assert entry["unit"] == segment.segment_id
+    assert entry["rows"] == 2
+    assert attempts(store) == ["decord", "decord"]
+
+
+def test_a_film_that_goes_while_it_is_decoded_is_the_films_failure(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = decoded(store, segment, monkeypatch, "gone", "decord")
+    assert entry == {
+        "source_id": segment.source_id,
+        "status": "failed",
+        "error": "decode: No such file or directory",
+    }
+    assert attempts(store) == ["decord"]
+
+
+def _describes(failure_of: dict[str, str], uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:
+    for uri in uris:
+        failure = failure_of.get(Path(uri).name)
+        if failure == "hang":
+            list(_spins())
+        if failure == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from sources.probe_sources([uri], config)
+
+
+def probing_fails(monkeypatch: pytest.MonkeyPatch, failure_of: dict[str, str]) -> None:
+    run = worker.run_killable
+    monkeypatch.setattr(
+        worker, "run_killable", lambda _, *args, **more: run(f"{__name__}:_describes", failure_of, *args, **more)
+    )
+
+
+def test_a_file_that_hangs_the_prober_is_a_failed_source_and_its_neighbours_are_described(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a.mp4", "hangs.mp4", "killed.mp4", "z.mp4")
+    for name in names:
+        shutil.copy(film, tmp_path / name)
+    uris = [str(tmp_path / name) for name in names]
+    probing_fails(monkeypatch, {"hangs.mp4": "hang", "killed.mp4": "killed"})
+    config = settings.load(micro(), None, ["video.deadline_seconds=8"])
+    rows = json.loads(tasks.DescribeSources(config, [])({"uris": uris})["json"])
+    assert [row["status"] for row in rows] == ["pending", "failed", "pending", "pending"]
+    assert rows[1]["error"].startswith("not a video that can be opened: not finished after 8")
+    assert rows[2]["error"].startswith("probe: the process was killed from outside")
+    assert [row.get("segment_starts") for row in rows] == [[0.0], None, None, [0.0]]
+    monkeypatch.undo()
+    whole = json.loads(tasks.DescribeSources(config, [])({"uris": uris})["json"])
+    assert whole == [sources.describe_source(uri, config.video) for uri in uris]
+    assert [rows[0], rows[3]] == [whole[0], whole[3]]
+
+
+def test_nothing_is_selected_without_a_source_that_the_machine_did_not_open(
+    film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copy(film, tmp_path / "film.mp4")
+    monkeypatch.setattr(pipeline, "run_tasks", lambda task, rows, _: (task(row) for row in rows))  # without Ray
+    with monkeypatch.context() as patch:
+        probing_fails(patch, {"film.mp4": "killed"})
+        pipeline.add_sources(store, [str(path)], micro())
+    with pytest.raises(NotFinished, match=r"build again\.\n  .*film\.mp4: probe: the process was killed"):
+        pipeline.select(store, micro())
+    pipeline.add_sources(store, [str(path)], micro())
+    (row,) = store.table("sources").to_table(columns=["status", "error", "segment_starts"]).to_pylist()
+    assert row == {"status": "pending", "error": None, "segment_starts": [0.0]}
