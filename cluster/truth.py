@@ -33,20 +33,30 @@ def scenes(store: Store) -> dict[str, Scene]:
     return found
 
 
-def captions(store: Store, drawn: dict[str, Scene]) -> list[tuple[str, int, int]]:
-    """Return of `drawn` samples of one figure, and of two, how many captions are right in everything, of how many."""
+class Told(NamedTuple):
+    """How much of the captions of some samples is right."""
+
+    samples: str  # which
+    count: int
+    right: int  # captions that are right in everything
+    attributes: float  # share of all attributes that are named rightly
+
+
+def captions(store: Store, drawn: dict[str, Scene]) -> list[Told]:
+    """Return how much is right in the captions of the `drawn` samples with one figure, and of those with two."""
     rows = store.table("samples").to_table(columns=["frame_id", "caption"], filter="selected").to_pylist()
     said = {row["frame_id"]: row["caption"] or "" for row in rows}
-    counts = []
-    for number, name in ((1, "one figure"), (2, "two figures")):
-        right = [
-            all(right for _, right in rights(scene, said[key]))
+    told = []
+    for figures, name in ((1, "one figure"), (2, "two figures")):
+        found = [
+            [right for _, right in rights(scene, said[key])]
             for key, scene in drawn.items()
-            if len(scene.figures) == number
+            if len(scene.figures) == figures
         ]
-        if right:
-            counts.append((name, sum(right), len(right)))
-    return counts
+        if found:
+            every = [right for answers in found for right in answers]
+            told.append(Told(name, len(found), sum(map(all, found)), sum(every) / len(every)))
+    return told
 
 
 class Brought(NamedTuple):

@@ -81,9 +81,10 @@ def test_the_edit_lists_judge_captions_and_pictures(small_dataset: Path) -> None
     samples = store.table("samples").to_table(columns=["frame_id"], filter="selected").to_pylist()
     assert set(drawn) == {row["frame_id"] for row in samples}
     told = truth.captions(store, drawn)
-    assert sum(count for _, _, count in told) == len(drawn)
-    assert told[0][1] > told[0][2] / 2  # most captions of one figure are right
-    assert truth.captions(store, {key: toon.Scene(lighting="dark") for key in drawn})[0][1] == 0
+    assert sum(part.count for part in told) == len(drawn)
+    assert told[0].right > told[0].count / 2
+    assert told[0].attributes > 0.9
+    assert truth.captions(store, {key: toon.Scene(lighting="dark") for key in drawn})[0].right == 0
 
     scenes = {
         str(i): toon.random_scene(random.Random(i), figures=(toon.random_figure(random.Random(i)),)) for i in range(8)
