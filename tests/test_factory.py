@@ -162,6 +162,8 @@ def test_a_segment_that_was_too_slow_is_tried_again_with_other_limits(
 ) -> None:
     store = Store(str(tmp_path / "root"))
     paths = find_sources([str(films)])
+    store.create()
+    pipeline.add_sources(store, paths, _config())  # files are opened under the deadline too
     hurried = _config("video.deadline_seconds=0.01", "video.deadline_per_second=0")
     for _ in range(2):
         pipeline.build(store, paths, hurried)
