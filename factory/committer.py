@@ -19,7 +19,11 @@ class Committer:
     """Publishes units of one table, every few units, each exactly once. There is one, in the process with the lock."""
 
     def __init__(self, store: Store, name: str, *, every: int) -> None:
-        """Take up what an earlier run left: strike committed units from the ledger, publish the uncommitted ones."""
+        """Take up what an earlier run left: strike committed units from the ledger, publish the uncommitted ones.
+
+        Units whose files are gone are struck too, and done again: those of a worker that outlived its run are strays to
+        a clean-up in the moment between its files and its ledger entry.
+        """
         self._store, self._name, self._every = store, name, every
         store.record_versions(name)
         self.done = store.committed_units(name)
@@ -27,6 +31,9 @@ class Committer:
         self._keys: KeyIndex | None = None  # read when the first unit is appended
         for entry in store.ledger(name):
             if not self.done.isdisjoint(entry["units"]):
+                store.strike(name, entry["unit"])
+            elif broken := self._broken(entry):
+                print(f"store    {broken} is gone or cut short: {entry['unit']} is done again", flush=True)
                 store.strike(name, entry["unit"])
             else:
                 self._queue.append(entry)
@@ -117,13 +124,19 @@ class Committer:
             self._commit(operation, [])
 
     def _check_files(self, entry: dict[str, Any]) -> None:
+        if broken := self._broken(entry):
+            raise DamagedData(
+                f"{broken} was written for a unit of work and is gone or cut short. Look at the disk, then run the "
+                "same command again: the units that are not committed are redone."
+            )
+
+    def _broken(self, entry: dict[str, Any]) -> Path | None:
+        """Return a file of an entry that does not have the size it was written with, if there is one."""
         for name, size in entry["files"].items():
             path = Path(self._store.uri(self._name), name)
             if not path.exists() or path.stat().st_size != size:
-                raise DamagedData(
-                    f"{path} was written for a unit of work and is gone or cut short. Remove "
-                    f"{self._store.root / '_ledger'} and run again: the units that are not committed are redone."
-                )
+                return path
+        return None
 
     def _commit(self, operation: LanceOperation.BaseOperation, units: list[str]) -> None:
         table = self._store.table(self._name)

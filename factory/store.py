@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from factory.files import make_folder, write_atomic
 from factory.settings import NothingThere, UsageError
 
 UNITS = "animesketch.units"  # of a transaction: its units; of a table's configuration: those of pruned history
+FRAGMENT_BYTES = 64 * 2**20  # of pictures that a worker holds before it writes them
 _SETTINGS = b"animesketch.config"
 
 
@@ -139,34 +140,40 @@ class Store:
                 self.digests(name).drop_torn()
             yield
 
-    def write_unit(self, name: str, unit: str, rows: list[dict[str, Any]], parts: Sequence[str] = ()) -> dict[str, Any]:
+    def write_unit(
+        self, name: str, unit: str, rows: Iterable[dict[str, Any]], parts: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Write `rows` of table `name` as uncommitted fragments and enter them into the ledger; return the entry.
 
-        Called by workers, any number of times for one unit: an entry that is there already is kept. A unit may be made
-        of `parts`, units themselves, which another unit may hold too: of two such units one is committed.
+        Called by workers, any number of times for one unit: of an entry that is there already `rows` are not read. They
+        are written as they come, about FRAGMENT_BYTES of pictures at a time; what `rows` raises is raised, and no file
+        of the table is left of the unit. A unit may be made of `parts`, units themselves, which another unit may hold
+        too: of two such units one is committed.
         """
         path = self._ledger_file(name, unit)
         if path.exists():
             return json.loads(path.read_text())
-        fragments: list[FragmentMetadata] = []
-        if rows:
-            fragments = write_fragments(
-                schema.to_table(name, rows),
-                self.uri(name),
-                schema=self.table(name).schema,
-                mode="append",
-                data_storage_version=schema.STORAGE_VERSION,
-            )
         key = schema.KEYS[name]
-        keys = [row[key] for row in rows]
-        entry = {
-            "unit": unit,
-            "units": [unit, *parts],
-            "rows": len(rows),
-            "keys": keys,
-            "fragments": [f.to_json() for f in fragments],
-            "files": self.settle(name, fragments, keys),
-        }
+        entry: dict[str, Any] = {"unit": unit, "units": [unit, *parts], "keys": [], "fragments": [], "files": {}}
+        try:
+            for some in _in_parts(name, rows):
+                keys = [row[key] for row in some]
+                fragments = write_fragments(
+                    schema.to_table(name, some),
+                    self.uri(name),
+                    schema=self.table(name).schema,
+                    mode="append",
+                    data_storage_version=schema.STORAGE_VERSION,
+                )
+                del some  # before the next ones are read
+                entry["keys"] += keys
+                entry["fragments"] += [fragment.to_json() for fragment in fragments]
+                entry["files"] |= self.settle(name, fragments, keys)
+        except Exception:
+            for file in entry["files"]:
+                Path(self.uri(name), file).unlink()
+            raise
+        entry["rows"] = len(entry["keys"])
         write_atomic(path, json.dumps(entry))
         return entry
 
@@ -283,6 +290,20 @@ class Store:
         """Return the blobs of `column` at row `addresses` (`_rowaddr` of a scan), in that order."""
         found = dict(self.table(name).read_blobs(column, addresses=addresses))
         return [found[address] for address in addresses]
+
+
+def _in_parts(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield `rows` in lists of about FRAGMENT_BYTES of pictures."""
+    some: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        some.append(row)
+        size += sum(len(row.get(column) or b"") for column in schema.BLOBS[name])
+        if size >= FRAGMENT_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def state(fragment: FragmentMetadata) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from lance.fragment import FragmentMetadata
 
 from factory import compact, tags
+from factory import store as store_module
 from factory.__main__ import DONE, UNFINISHED, main
 from factory.committer import Committer
 from factory.store import DamagedData, Store
@@ -108,6 +109,27 @@ def test_what_a_crash_left_is_published_or_removed(store: Store, monkeypatch: py
     assert len(files_of(store, ".lance")) == 8  # the stray is gone
     records = (store.root / "_digests" / "candidates").glob("[01]*.json")
     assert {path.stem for path in records} == {path.stem for path in files_of(store, ".lance")}
+
+
+def test_a_worker_that_outlived_its_run_loses_its_files_to_a_clean_up_and_its_unit_is_done_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write = store_module.write_atomic
+
+    def compact_first(path: Path, data: str) -> None:  # between the unit's files and its ledger entry
+        compact.compact(Store(str(store.root)), "candidates", rows=9, older_than=NOW)
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_atomic", compact_first)
+        store.write_unit("candidates", "u7", picture_rows(7))
+    committer = Committer(store, "candidates", every=1)
+    assert "u7 is done again" in capsys.readouterr().out
+    assert "u7" not in committer.done
+    assert store.ledger("candidates") == []
+    committer.add(store.write_unit("candidates", "u7", picture_rows(7)))
+    assert store.table("candidates").count_rows() == 21
+    assert verify(store).damaged == []
 
 
 @pytest.mark.parametrize("change", ["value", "picture", "row"])

@@ -32,8 +32,8 @@ def test_killed_before_any_effect_on_the_disk_the_store_ends_as_if_undisturbed(t
     done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     found = json.loads(done.stdout)
     whole, killed = found["whole"], found["killed"]
-    assert whole["keys"] == [f"u{unit}-{i}" for unit in range(3) for i in range(2)]
-    assert whole["units"] == ["empty", "u0", "u1", "u2"]
+    assert whole["keys"] == [f"{unit}-{i}" for unit in ("late", "u0", "u1", "u2") for i in range(2)]
+    assert whole["units"] == ["empty", "late", "u0", "u1", "u2"]
     assert whole["ledger"] == whole["damaged"] == []
     names = {
         "write_fragments",

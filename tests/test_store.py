@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from factory import schema
 from factory.committer import Committer, check_keys
 from factory.compact import compact
 from factory.store import DamagedData, DatasetBusy, NotFinished, Store, StoreError
+from factory.verify import verify
+from factory.worker import WorkerFailed
 
 REPO = Path(__file__).parent.parent
 
@@ -53,6 +57,48 @@ def test_units_are_committed_a_few_at_a_time_and_once(store: Store) -> None:
     again.flush()
     assert again.done == store.committed_units("candidates")
     assert len(_ids(store)) == 15
+
+
+class _CountedRow(dict):
+    """A row that a weak reference can be made to."""
+
+
+def _counted(most: list[int], fail_at: int = -1) -> Iterator[_CountedRow]:
+    """100 candidates of 100 kB; the number of those that are held at once goes to `most`."""
+    alive: weakref.WeakValueDictionary[int, _CountedRow] = weakref.WeakValueDictionary()
+    for i in range(100):
+        if i == fail_at:
+            raise WorkerFailed("the decoder ended")
+        alive[i] = row = _CountedRow(frame_id=f"{i:04d}", source_id="s", segment_id="u0", image=bytes([i]) * 100_000)
+        most.append(len(alive))
+        yield row
+
+
+def test_rows_are_written_as_they_come(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory.store.FRAGMENT_BYTES", 1_000_000)
+    most: list[int] = []
+    entry = store.write_unit("candidates", "u0", _counted(most))
+    assert len(most) == 100
+    assert max(most) <= 12
+    assert (entry["rows"], len(entry["fragments"])) == (100, 10)
+    again = store.write_unit("candidates", "u0", _counted(most, fail_at=0))
+    assert again == entry  # the rows of a unit that is there are not asked for
+    Committer(store, "candidates", every=1).add(entry)
+    pictures = store.read_pictures("candidates", "image", _addresses(store))
+    assert pictures == [bytes([i]) * 100_000 for i in range(100)]
+    assert verify(store).damaged == []
+
+
+def test_rows_that_break_off_leave_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory.store.FRAGMENT_BYTES", 1_000_000)
+    with pytest.raises(WorkerFailed, match="the decoder ended"):
+        store.write_unit("candidates", "u0", _counted([], fail_at=55))
+    assert [file for file in Path(store.uri("candidates"), "data").rglob("*") if file.is_file()] == []
+    assert store.ledger("candidates") == []
+    committer = Committer(store, "candidates", every=1)
+    committer.add(store.write_unit("candidates", "u0", _counted([])))  # by another decoder
+    assert _ids(store) == [f"{i:04d}" for i in range(100)]
+    assert verify(store).damaged == []
 
 
 def test_a_unit_without_rows_is_done_too(store: Store) -> None:
