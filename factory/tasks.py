@@ -165,7 +165,7 @@ class DrawSketches:
         self._store, self._config, self._fingerprint = store, config, config.fingerprint("sketch")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        cv2.setNumThreads(1)
+        _one_thread()
         rows = []
         for sample, image in _pictures(self._store, task):
             lines = engine.sketch(image, self._config.sketch)
@@ -194,6 +194,7 @@ class WriteCaptions:
         self._store, self._config, self._fingerprint = store, config, config.fingerprint("caption")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        _one_thread()
         captioner = captions.Captioner(self._config.caption.model)
         rows = [
             {
@@ -206,6 +207,14 @@ class WriteCaptions:
             for sample, image in _pictures(self._store, task)
         ]
         return {"entry": json.dumps(self._store.write_updates("samples", int(task["fragment"]), rows))}
+
+
+def _one_thread() -> None:
+    """Let networks and OpenCV compute on one thread: sums differ with their number, which follows num_cpus."""
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
 
 
 def _pictures(store: Store, task: dict[str, Any]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
