@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from factory.models import find_model, model_id
+from factory.models import files_hash, find_model, model_id
 from factory.settings import STRICT
 
 VERSION = "2"  # raised when the same frame would be described otherwise
@@ -48,6 +48,11 @@ class CaptionConfig:
     model: str = "animesketch/captioner"
     # Appended to the caption wherever a sample's text is used: "{caption}, {keywords}".
     keywords: tuple[str, ...] = ("anime sketch", "line art")
+
+    def decides(self) -> dict[str, Any]:
+        """Return what a caption depends on: the model's name and files. Keywords are a column of their own."""
+        files = None if self.model == RULE else files_hash(self.model)
+        return {"model": caption_by(self.model), "files": files}
 
 
 def spoken(decoded: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from factory import caption, scores, selection, video
@@ -63,16 +63,15 @@ class FactoryConfig:
         return hashlib.sha256(json.dumps(self._decides(stage), sort_keys=True).encode()).hexdigest()[:16]
 
     def _decides(self, stage: str) -> Any:
-        """What decides a stage's results, as JSON values; of a model that is its weights' hash, not the path."""
+        """What decides a stage's results, as JSON values; of a model that is its files' hash, not the path."""
         if stage == "decode":
-            found = {name: value for name, value in asdict(self.video).items() if name not in video.RUNTIME_ONLY}
-            return (video.VERSION, scores.VERSION, found)
+            return (video.VERSION, scores.VERSION, self.video.decides())
         if stage == "select":
-            return (selection.VERSION, asdict(self.selection))
+            return (selection.VERSION, self.selection.decides())
         if stage == "sketch":
-            return (engine.VERSION, engine.converter_id(self.sketch), asdict(self.sketch))
+            return (engine.VERSION, self.sketch.decides())
         if stage == "caption":
-            return (caption.VERSION, asdict(self.caption) | {"model": caption.caption_by(self.caption.model)})
+            return (caption.VERSION, self.caption.decides())
         raise ValueError(f"No stage {stage!r}. Stages: {', '.join(STAGES)}.")
 
 

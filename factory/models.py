@@ -12,6 +12,7 @@ from factory.settings import NothingThere, UsageError
 
 OWNER = "animesketch/"  # ids of models that are shipped with the code, in `weights/` beside their reader
 WEIGHTS = Path(__file__).parent / "weights"
+_READ = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
 def find_model(name_or_path: str, weights: Path = WEIGHTS) -> Path:
@@ -43,3 +44,12 @@ def weights_hash(folder: Path) -> str:
     """Return 8 digits of a hash over all safetensors files below `folder`."""
     digests = sorted(sha256_file(file) for file in folder.rglob("*.safetensors"))
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
+
+
+@functools.lru_cache(maxsize=8)
+def files_hash(name_or_path: str) -> str:
+    """Return 16 digits of a hash over all that a model reads: weights, tokenizer and settings, with their names."""
+    folder = find_model(name_or_path)
+    files = sorted(file for kind in _READ for file in folder.rglob(kind))
+    sums = [f"{sha256_file(file)}  {file.relative_to(folder).as_posix()}" for file in files]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]

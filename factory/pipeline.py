@@ -239,7 +239,17 @@ def sketch(store: Store, config: FactoryConfig) -> None:
 
 
 def caption(store: Store, config: FactoryConfig) -> None:
-    """Write the caption of every selected sample that has none, or one by another rule or configuration."""
+    """Write the caption of every selected sample that has none, or one by another rule or configuration.
+
+    Of those that have theirs, the keywords alone are written where the settings have others.
+    """
+    keywords = list(config.caption.keywords)
+    told = store.table("samples").to_table(
+        columns=["frame_id", "keywords"], filter="selected and caption is not null", with_row_address=True
+    )
+    others = [row | {"keywords": keywords} for row in told.to_pylist() if row["keywords"] != keywords]
+    store.keep_settings(asdict(config))
+    update(store, "samples", others)
     _update_samples(store, config, "caption", tasks.WriteCaptions(store, config))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +67,13 @@ class SelectionConfig:
                 raise ValueError(f"selection.{name} must lie in 0 to 1, got {value}.")
         if self.duplicate_hash_bits is not None and not 0 <= self.duplicate_hash_bits <= 64:
             raise ValueError(f"selection.duplicate_hash_bits must lie in 0 to 64, got {self.duplicate_hash_bits}.")
+
+    def decides(self) -> dict[str, Any]:
+        """Return the settings that decide, by name: a duplicate's change only where duplicates are looked for."""
+        found = asdict(self)
+        if self.duplicate_hash_bits is None:
+            del found["duplicate_change"]
+        return found
 
 
 # Reason, score and threshold of each rule, in the order in which they are asked.

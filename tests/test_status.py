@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from factory import caption, models, pipeline, status
+from factory import caption, models, pipeline, status, tasks
 from factory.__main__ import INTERRUPTED, main
 from factory.config import FactoryConfig, micro
 from factory.settings import load
@@ -69,6 +69,31 @@ def test_a_build_with_another_model_redoes_its_stage_only(
     lines = capsys.readouterr().out.splitlines()
     idle = {line.split()[0] for line in lines if line.endswith("nothing to do")}
     assert idle == {"decode", "samples", "sketch", "caption"} - {stage}
+
+
+def test_other_keywords_are_written_without_a_caption(store: Store, capsys: pytest.CaptureFixture) -> None:
+    before, samples = _rows(store), status.funnel(store)["samples"]
+    config = _config("caption.keywords=[ink]")
+    assert status.stale(store, config) == NOTHING | {"caption": samples}
+    pipeline.caption(store, config)
+    after = _rows(store)
+    assert _changed(before, after) == {"keywords"}
+    assert {tuple(row["keywords"]) for row in after.values()} == {("ink",)}
+    assert status.stale(store, config) == NOTHING
+    assert "caption  nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", [tasks.DrawSketches, tasks.WriteCaptions])
+def test_networks_compute_on_one_thread_whatever_the_cpus(store: Store, task: type) -> None:
+    """Of 16 sketches on four threads three differed from those on one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    address = store.table("samples").to_table(columns=[], with_row_address=True)["_rowaddr"][0].as_py()
+    task(store, _config())({"fragment": address >> 32, "addresses": [address]})
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
 
 
 def test_a_new_source_appends_and_nothing_else_is_done_again(

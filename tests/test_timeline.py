@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_no_more_than_a_few_are_kept(
 ) -> None:
     (segment,) = segments(film, config)
     for i in range(6):
-        timeline_of(Segment(**(vars(segment) | {"source_id": f"ab{i:062}"})), config)
+        timeline_of(replace(segment, source_id=f"ab{i:062}"), config)
     left = sorted(file.name[:64] for file in Path(config.cache_folder).rglob("*.npz"))
     assert left == [f"ab{i:062}" for i in range(2, 6)]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
 
 import cv2
 import numpy as np
 
-from factory.models import find_model, model_id
+from factory.models import files_hash, find_model
 from factory.settings import STRICT
 from factory.sketch import tone
 from factory.sketch.xdog import XDoG, XDoGConfig
@@ -43,6 +43,16 @@ class SketchConfig:
         if self.tile < 64 or self.tile % 64:
             raise ValueError(f"sketch.tile must be a multiple of 64, got {self.tile}.")
 
+    def decides(self) -> dict[str, Any]:
+        """Return what a sketch depends on: settings by name, and the network's files.
+
+        The tile is among them: where a picture is enlarged, OpenCV rounds its places by the tile.
+        """
+        found = asdict(self)
+        if self.converter != "xdog":
+            found["xdog"], found["files"] = None, files_hash(SHIPPED)
+        return found
+
 
 class Converter(Protocol):
     """RGB uint8 H,W,3 to lines H,W float32 in [0, 1]; a line depends on at most `halo` pixels around it."""
@@ -74,11 +84,6 @@ def new_converter(config: SketchConfig, *, short_side: int) -> Converter:
     from factory.sketch.generator import Generator  # torch, which the operator does without
 
     return Generator(find_model(SHIPPED))
-
-
-def converter_id(config: SketchConfig) -> str:
-    """Return the converter's name, with its weights' hash where it has any."""
-    return config.converter if config.converter == "xdog" else model_id(SHIPPED)
 
 
 def run_tiles(image: np.ndarray, converter: Converter, *, size: tuple[int, int], tile: int) -> np.ndarray:
