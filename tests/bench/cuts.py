@@ -1,7 +1,7 @@
 """Our cuts against PySceneDetect's detectors and TransNetV2, as they come and with thresholds tuned alike.
 
-`make bench ARGS=cuts`, or `python -m tests.bench.cuts FOLDER`: what the detectors see of the 800 films is computed there
-once, in 50 minutes of one core; a run that was stopped goes on where it was.
+`make bench ARGS=cuts`, or `python -m tests.bench.cuts FOLDER`: what the detectors see of the 800 films is computed
+once, in 50 minutes of one core, and kept in the folder; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Tally:
 
 
 def cuts(folder: Path = CACHE, seeds: int = SEEDS) -> Iterator[str]:
-    """Yield the lines of the tables: all detectors over all kinds, then F1 for each kind. Films are kept in `folder`."""
+    """Yield the lines of the tables: all detectors over all kinds, then F1 for each kind. Features stay in `folder`."""
     films = {kind: [features(folder, kind, seed) for seed in range(seeds)] for kind in KINDS}
     best = {detector.name: _tuned(detector, [film for kind in KINDS for film in films[kind]]) for detector in DETECTORS}
     films = {kind: [features(folder, kind, seed) for seed in range(SEEDS, SEEDS + seeds)] for kind in KINDS}
