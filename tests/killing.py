@@ -1,4 +1,4 @@
-"""What the kill tests put in place of the factory's tasks: some note their runs, some are killed once at a named point."""
+"""What kill tests put in place of the factory's tasks: some note their runs, some are killed once at a named point."""
 
 from __future__ import annotations
 
