@@ -136,8 +136,8 @@ class Store:
         of `parts`, units themselves, which another unit may hold too: of two such units one is committed.
         """
         path = self._ledger_file(name, unit)
-        if path.exists():
-            return json.loads(path.read_text())
+        if path.exists() and (there := _read_entry(path)):
+            return there
         fragments: list[FragmentMetadata] = []
         if rows:
             fragments = write_fragments(
@@ -157,7 +157,7 @@ class Store:
             "fragments": [f.to_json() for f in fragments],
             "files": self.settle(name, fragments, keys),
         }
-        write_atomic(path, json.dumps(entry))
+        write_atomic(path, json.dumps(entry | {"sha256": _seal(entry)}))
         return entry
 
     def settle(
@@ -238,9 +238,12 @@ class Store:
         return units
 
     def ledger(self, name: str) -> list[dict[str, Any]]:
-        """Return the ledger's entries of table `name`: units written, and committed or not yet."""
+        """Return the ledger's entries of table `name`: units written, and committed or not yet.
+
+        A damaged entry is none: what it stands for is not done, unless the table's history says so.
+        """
         folder = self.root / "_ledger" / name
-        return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        return [entry for path in sorted(folder.glob("*.json")) if (entry := _read_entry(path))]
 
     def _ledger_file(self, name: str, unit: str) -> Path:
         return self.root / "_ledger" / name / f"{hashlib.sha256(unit.encode()).hexdigest()[:32]}.json"
@@ -263,6 +266,20 @@ class Store:
         """Return the blobs of `column` at row `addresses` (`_rowaddr` of a scan), in that order."""
         found = dict(self.table(name).read_blobs(column, addresses=addresses))
         return [found[address] for address in addresses]
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry).encode()).hexdigest()
+
+
+def _read_entry(path: Path) -> dict[str, Any] | None:
+    """Return the entry in a file of the ledger; None where it is not as it was written."""
+    try:
+        entry = json.loads(path.read_bytes())
+        seal = entry.pop("sha256")
+    except (ValueError, KeyError):
+        return None
+    return entry if seal == _seal(entry) else None
 
 
 def _settled(file: Path) -> int:
