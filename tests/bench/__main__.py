@@ -18,9 +18,10 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 
 def main(names: list[str]) -> int:
-    """Print the tables named, by default all but `cuts`, which takes an hour the first time; return the exit code."""
+    """Print the tables named; return the exit code. Without names all but `cuts`, an hour long, and `cuts-live`."""
     from tests.bench.cores import cores
     from tests.bench.cuts import cuts
+    from tests.bench.cuts_live import cuts_live
     from tests.bench.decoding import decoding
     from tests.bench.duplicates import duplicates
     from tests.bench.sampling import sampling
@@ -28,7 +29,7 @@ def main(names: list[str]) -> int:
     from tests.bench.text import text
 
     speeds = {"decoding": decoding, "cores": cores, "sampling": sampling, "sketching": sketching}
-    finds = {"duplicates": duplicates, "text": text, "cuts": cuts}
+    finds = {"duplicates": duplicates, "text": text, "cuts": cuts, "cuts-live": cuts_live}
     unknown = set(names) - {*speeds, *finds}
     if unknown:
         there = ", ".join([*speeds, *finds])
