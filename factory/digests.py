@@ -32,9 +32,10 @@ class Digests:
     def read(self, name: str) -> dict[str, Any] | None:
         """Return {"files": {path: sha256}, "keys": [...]} of the record `name`; None where it is absent or damaged."""
         try:
-            return json.loads(self._path(name).read_text())
+            record = json.loads(self._path(name).read_text())
         except (FileNotFoundError, ValueError):
             return None
+        return record if {"files", "keys"} <= record.keys() else None
 
     def record_version(self, version: int, units: list[str]) -> None:
         """Write the record of a version's manifest, and of the units that its transaction names."""

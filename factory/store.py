@@ -151,8 +151,8 @@ class Store:
         too: of two such units one is committed.
         """
         path = self._ledger_file(name, unit)
-        if path.exists():
-            return json.loads(path.read_text())
+        if path.exists() and (there := _read_entry(path)):
+            return there
         key = schema.KEYS[name]
         entry: dict[str, Any] = {"unit": unit, "units": [unit, *parts], "keys": [], "fragments": [], "files": {}}
         try:
@@ -174,7 +174,7 @@ class Store:
                 Path(self.uri(name), file).unlink()
             raise
         entry["rows"] = len(entry["keys"])
-        write_atomic(path, json.dumps(entry))
+        write_atomic(path, json.dumps(entry | {"sha256": _seal(entry)}))
         return entry
 
     def settle(
@@ -265,9 +265,12 @@ class Store:
             self.digests(name).record_version(version, _named(self.table(name), version))
 
     def ledger(self, name: str) -> list[dict[str, Any]]:
-        """Return the ledger's entries of table `name`: units written, and committed or not yet."""
+        """Return the ledger's entries of table `name`: units written, and committed or not yet.
+
+        A damaged entry is none: what it stands for is not done, unless the table's history says so.
+        """
         folder = self.root / "_ledger" / name
-        return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        return [entry for path in sorted(folder.glob("*.json")) if (entry := _read_entry(path))]
 
     def _ledger_file(self, name: str, unit: str) -> Path:
         return self.root / "_ledger" / name / f"{hashlib.sha256(unit.encode()).hexdigest()[:32]}.json"
@@ -317,3 +320,17 @@ def _named(table: lance.LanceDataset, version: int) -> list[str]:
     """Return the units that the transaction of a version names."""
     transaction = table.read_transaction(version)
     return json.loads(((transaction and transaction.transaction_properties) or {}).get(UNITS, "[]"))
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry).encode()).hexdigest()
+
+
+def _read_entry(path: Path) -> dict[str, Any] | None:
+    """Return the entry in a file of the ledger; None where it is not as it was written."""
+    try:
+        entry = json.loads(path.read_bytes())
+        seal = entry.pop("sha256")
+    except (ValueError, KeyError):
+        return None
+    return entry if seal == _seal(entry) else None

@@ -1,4 +1,4 @@
-"""Tasks whose process is killed once, at a named point: what the kill tests put in place of the factory's own."""
+"""What kill tests put in place of the factory's tasks: some note their runs, some are killed once at a named point."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,18 +17,29 @@ import psutil
 from factory import store, tasks, worker
 
 
-class KilledOnce:
-    """A task that is killed once, at `point` of its first run, and notes each run in `folder`.
+class Noted:
+    """A task that notes each run in `folder`."""
 
-    Its first run is the first over a row that holds `word`.
-    """
-
-    def __init__(self, task: Callable[[dict], dict], point: str, folder: Path, word: str = "") -> None:
-        self._task, self._point, self._folder, self._word = task, point, folder, word
+    def __init__(self, task: Callable[[dict], dict], folder: Path) -> None:
+        self._task, self._folder = task, folder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         with open(self._folder / "runs", "a") as file:
-            file.write(f"{sorted(row.items())}\n")
+            file.write(f"{type(self._task).__name__} {sorted(row.items())}\n")
+        return self._run(row)
+
+    def _run(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self._task(row)
+
+
+class KilledOnce(Noted):
+    """A task that is killed once, at `point` of its first run: the first over a row that holds `word`."""
+
+    def __init__(self, task: Callable[[dict], dict], point: str, folder: Path, word: str = "") -> None:
+        super().__init__(task, folder)
+        self._point, self._word = point, word
+
+    def _run(self, row: dict[str, Any]) -> dict[str, Any]:
         if self._word not in str(row):
             return self._task(row)
         try:
@@ -43,9 +55,21 @@ class KilledOnce:
         return answer
 
 
+def noted_tasks(folder: Path) -> SimpleNamespace:
+    """The factory's tasks, which note each run in `folder`."""
+
+    def noted(task: Callable[..., Callable[[dict], dict]]) -> Callable[..., Noted]:
+        return lambda *arguments: Noted(task(*arguments), folder)
+
+    return SimpleNamespace(**{**vars(tasks), **{name: noted(getattr(tasks, name)) for name in NAMES}})
+
+
 def runs(folder: Path) -> list[str]:
-    """The inputs of all runs of the KilledOnce of `folder`, in order; an input that was run again is there twice."""
+    """All runs noted in `folder`, in order: task and input. What was run again is there twice."""
     return (folder / "runs").read_text().splitlines()
+
+
+NAMES = ("DecodeSegment", "AppendSamples", "DrawSketches", "WriteCaptions")
 
 
 def die(*_: Any, **__: Any) -> Any:
@@ -83,7 +107,19 @@ def _the_decoder_after_its_first_row(times: int = 1000) -> Any:
     return mock.patch.object(worker, "run_killable", run_and_kill)
 
 
+def _at_the_first_row() -> Any:
+    run = worker.run_killable
+
+    def run_and_die(*args: Any, **more: Any) -> Iterator[Any]:
+        for _ in run(*args, **more):
+            die()
+        yield
+
+    return mock.patch.object(worker, "run_killable", run_and_die)
+
+
 _POINTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+    "at its first candidate": _at_the_first_row,
     "mid-unit": _at_the_second_picture,
     "before the ledger": _before_the_ledger,
     "the decoder, once": functools.partial(_the_decoder_after_its_first_row, 1),

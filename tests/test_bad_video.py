@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorTrc
 
-from factory import pipeline, settings
+from factory import pipeline, settings, tasks
 from factory.candidates import candidate_frames
 from factory.config import micro
 from factory.sources import describe_source, segments_of
 from factory.store import Store
 from factory.video import VideoConfig
 from tests.footage import patterns, without_start, write_film
+from tests.measuring import Measured, measured
 
 DEADLINE = 60  # s
 MEMORY = 600  # MB
@@ -149,11 +151,15 @@ def built(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Store:
         make(folder / name)
     for name in ("a-good.mp4", "z-good.mp4"):
         write_film(folder / name, FRAMES if name < "b" else FRAMES[::-1])
-    store = Store(str(folder / "root"))
+    store, notes = Store(str(folder / "root")), folder / "notes"
     store.create()
+    notes.mkdir()
+    made = {**vars(tasks), "DecodeSegment": lambda *arguments: Measured(tasks.DecodeSegment(*arguments), notes)}
     limits = [f"video.deadline_seconds={DEADLINE}", "video.deadline_per_second=0", f"video.memory_limit_mb={MEMORY}"]
     paths = sorted(str(path) for path in folder.iterdir() if path.is_file())
-    pipeline.decode(store, paths, settings.load(micro(), None, limits))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "tasks", SimpleNamespace(**made))
+        pipeline.decode(store, paths, settings.load(micro(), None, limits))
     return store
 
 
@@ -177,3 +183,13 @@ def test_the_neighbours_are_unharmed(built: Store) -> None:
             alone = [(row["frame_id"], row["image_sha256"]) for row in candidate_frames(segment, VideoConfig())]
             assert found == sorted(alone)
             assert len(found) == 4
+
+
+def test_decoding_keeps_to_its_limits_of_time_and_memory(built: Store) -> None:
+    found = measured(built.root.parent / "notes")
+    sources = built.table("sources").to_table(columns=["uri", "segment_starts"]).to_pylist()
+    assert {note["film"] for note in found} == {Path(row["uri"]).name for row in sources if row["segment_starts"]}
+    assert len(found) > len({note["film"] for note in found}) >= 12  # some are decoded twice
+    assert [note["film"] for note in found if note["peak_mb"] is None] == ["huge.mp4"]  # ended before it held more
+    assert max(note["peak_mb"] or 0 for note in found) < MEMORY
+    assert max(note["seconds"] for note in found) < DEADLINE + 60  # the machine may be busy

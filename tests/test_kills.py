@@ -20,7 +20,7 @@ from factory.sources import find_sources
 from factory.store import Store
 from factory.verify import verify
 from tests.footage import patterns, write_film
-from tests.killing import KilledOnce, runs
+from tests.killing import KilledOnce, noted_tasks, runs
 from tests.test_factory import OVERRIDES, contents
 
 REPO = Path(__file__).parent.parent
@@ -55,8 +55,11 @@ def test_killed_before_any_effect_on_the_disk_the_store_ends_as_if_undisturbed(t
 
 _DRIVER = """
     import os, signal, sys
+    from pathlib import Path
+    from factory import pipeline
     from factory.__main__ import main
     from factory.committer import Committer
+    from tests.killing import noted_tasks
 
     def commit_and_die(self, operation, units, commit=Committer._commit):
         wanted = self._name == sys.argv[2] and units
@@ -66,18 +69,29 @@ _DRIVER = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     Committer._commit = commit_and_die
-    main(sys.argv[3:])
+    pipeline.tasks = noted_tasks(Path(sys.argv[3]))
+    main(sys.argv[4:])
 """
 
 
-@pytest.mark.parametrize(("when", "table"), [("before", "candidates"), ("after", "samples")])
+@pytest.mark.parametrize(
+    ("when", "table", "task"), [("before", "candidates", "DecodeSegment"), ("after", "samples", "AppendSamples")]
+)
 def test_a_driver_killed_beside_its_commit(
-    when: str, table: str, ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
+    when: str,
+    table: str,
+    task: str,
+    ray_session: str,
+    small_dataset: Path,
+    films: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = tmp_path / "root"
     sets = [part for override in (*OVERRIDES, *SMALL_UNITS) for part in ("--set", override)]
+    build = ("build", str(films), "--root", str(root))
     driver = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_DRIVER), when, table, "build", str(films), "--root", str(root), *sets],
+        [sys.executable, "-c", textwrap.dedent(_DRIVER), when, table, str(tmp_path), *build, *sets],
         cwd=REPO,
         env={**os.environ, "RAY_ADDRESS": ray_session},
         timeout=180,
@@ -86,7 +100,14 @@ def test_a_driver_killed_beside_its_commit(
     store = Store(str(root))
     assert store.ledger(table)  # written
     assert bool(store.table(table).count_rows()) == (when == "after")
+    done = store.committed_units(table).union(*(entry["units"] for entry in store.ledger(table)))
+    before = runs(tmp_path)
+    monkeypatch.setattr(pipeline, "tasks", noted_tasks(tmp_path))
     pipeline.build(store, find_sources([str(films)]), small_units())
+    again = [run for run in runs(tmp_path)[len(before) :] if run in before]
+    # Nothing that was committed or in the ledger; of the others those in hand, one per worker.
+    assert all(run.startswith(f"{task} ") for run in again)
+    assert len(again) <= sum(run.startswith(f"{task} ") for run in before) - len(done) <= 4
     assert contents(root) == contents(small_dataset)
     assert verify(store).damaged == []
 

@@ -28,8 +28,15 @@ from tests.test_verify import dataset, files_of, flips_found
 pytestmark = pytest.mark.soak
 REPO = Path(__file__).parent.parent
 
+SEEDS = 8
 _POINTS = {
-    "DecodeSegment": ("at the start", "the decoder, at each attempt", "before the ledger", "before the answer"),
+    "DecodeSegment": (
+        "at the start",
+        "at its first candidate",
+        "the decoder, at each attempt",
+        "before the ledger",
+        "before the answer",
+    ),
     "AppendSamples": ("at the start", "before the ledger", "before the answer"),
     "DrawSketches": ("at the start", "mid-unit", "before the answer"),
     "WriteCaptions": ("at the start", "mid-unit", "before the answer"),
@@ -56,7 +63,7 @@ def test_kill_matrix_of_the_workers(ray_session: str, small_dataset: Path, films
                 builds = _build_to_the_end(films, folder / "root")
             inputs = runs(folder)
             rows.append([f"{task}, {point}", builds, len(inputs) - len(set(inputs)), _said(folder / "root", expected)])
-    for seed in range(8):
+    for seed in range(SEEDS):
         stop, killed = threading.Event(), []
         killer = threading.Thread(target=_kill_a_busy_worker, args=(random.Random(seed), stop, killed))
         killer.start()

@@ -171,6 +171,33 @@ def test_the_digest_of_a_commit_that_was_cut_off_is_taken_by_the_next_writer(sto
     assert verify(store).unrecorded == []
 
 
+def test_a_damaged_digest_is_said_to_be_unreadable(store: Store) -> None:
+    folder = store.root / "_digests" / "candidates"
+    digest = next(file for file in sorted(folder.iterdir()) if not file.name.startswith("v"))
+    whole = digest.read_text()
+    for damaged in (whole.replace('"files"', '"fhles"'), whole.replace('"keys"', '"kays"'), whole[:-1], "\xff"):
+        digest.write_text(damaged, "latin-1")
+        assert [damage.problem for damage in verify(store).damaged] == ["has no readable digest"]
+
+
+def test_a_flipped_byte_in_the_ledger_makes_its_unit_be_done_again(tmp_path: Path) -> None:
+    store, rng = Store(str(tmp_path / "root")), random.Random(0)
+    store.create()
+    (folder := store.root / "_ledger" / "candidates").mkdir(parents=True, exist_ok=True)
+    for unit in range(100):
+        before = store.write_unit("candidates", f"u{unit}", picture_rows(unit, 100))
+        assert store.ledger("candidates") == [before]
+        (file,) = folder.glob("*.json")
+        data = bytearray(file.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+        assert store.ledger("candidates") == []
+        again = store.write_unit("candidates", f"u{unit}", picture_rows(unit, 100))
+        assert again["files"].keys().isdisjoint(before["files"])
+        assert store.ledger("candidates") == [again]
+        store.strike("candidates", f"u{unit}")
+
+
 def test_the_command_says_what_is_damaged(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["verify", "--root", str(store.root)]
     assert main(arguments) == DONE

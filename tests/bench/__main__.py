@@ -18,16 +18,18 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 
 def main(names: list[str]) -> int:
-    """Print the tables named, by default all but `cuts`, which takes an hour the first time; return the exit code."""
+    """Print the tables named; return the exit code. Without names all but `cuts`, an hour long, and `cuts-live`."""
+    from tests.bench.cores import cores
     from tests.bench.cuts import cuts
+    from tests.bench.cuts_live import cuts_live
     from tests.bench.decoding import decoding
     from tests.bench.duplicates import duplicates
     from tests.bench.sampling import sampling
     from tests.bench.sketching import sketching
     from tests.bench.text import text
 
-    speeds = {"decoding": decoding, "sampling": sampling, "sketching": sketching}
-    finds = {"duplicates": duplicates, "text": text, "cuts": cuts}
+    speeds = {"decoding": decoding, "cores": cores, "sampling": sampling, "sketching": sketching}
+    finds = {"duplicates": duplicates, "text": text, "cuts": cuts, "cuts-live": cuts_live}
     unknown = set(names) - {*speeds, *finds}
     if unknown:
         there = ", ".join([*speeds, *finds])
@@ -51,9 +53,8 @@ def _print_speeds(tables: list[Callable[[Path], list[Comparison]]]) -> None:
 
     if not tables:
         return
-    print(
-        f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}; median (range) of 5\n"
-    )
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{os.cpu_count()} cores, {versions}; median (range) of 3 or 5\n")
     print(HEADER, flush=True)
     for table in tables:
         with tempfile.TemporaryDirectory() as folder:

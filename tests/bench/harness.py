@@ -27,11 +27,19 @@ class Comparison:
 HEADER = "| what | ours | peer | unit | ratio |\n|---|---|---|---|---|"
 
 
-def compare(title: str, unit: str, ours: Callable[[], int], peer: Callable[[], int], *, rounds: int = 5) -> Comparison:
-    """Run both sides once to warm up, then `rounds` times in turn (A B, B A, ...); each returns its units of work."""
+def compare(
+    title: str,
+    unit: str,
+    ours: Callable[[], int],
+    peer: Callable[[], int],
+    *,
+    rounds: int = 5,
+    warm_up: bool = True,
+) -> Comparison:
+    """Run both sides `rounds` times in turn (A B, B A, ...), after once to warm up; each returns its units of work."""
     sides = {"ours": ours, "peer": peer}
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
-    for side in sides.values():
+    for side in sides.values() if warm_up else ():
         side()
     for turn in range(rounds):
         for name in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
