@@ -82,48 +82,48 @@ class DecodeSegment:
         for _ in range(worker.ATTEMPTS):
             try:
                 with on_disk(segment, self._config.video) as path:
-                    unit, rows = self._candidates(replace(segment, uri=path))
+                    answer = self._write(replace(segment, uri=path))
+                break
             except (OSError, worker.WorkerLost) as error:
                 answer = unread(segment, error)
                 if answer["status"] == "failed":
                     break
-            else:
-                answer = self._store.write_unit("candidates", unit, rows)
-                break
         return {"entry": json.dumps(answer)}
 
-    def _candidates(self, segment: Segment) -> tuple[str, list[dict[str, Any]]]:
-        """Return the name of the unit that the segment's candidates make, and these.
+    def _write(self, segment: Segment) -> dict[str, Any]:
+        """Write the segment's candidates, as they come, and return their entry.
 
         The last one is failed where the segment can't be read to its end; the only one where the limits forbade that,
         for how far it came is chance then. WorkerLost where the machine did.
         """
-        rows, failure = self._decode(segment, "decord")
-        if failure:  # once more, with the decoder that gives all that comes before it
-            rows, failure = self._decode(segment, "av")
-        unit = segment.segment_id
-        if isinstance(failure, worker.WorkerEnded):
+        with contextlib.suppress(worker.WorkerFailed):
+            return self._store.write_unit("candidates", segment.segment_id, self._rows(segment, "decord"))
+        try:  # once more, with the decoder that gives all that comes before it
+            return self._store.write_unit("candidates", segment.segment_id, self._rows_before_failure(segment))
+        except worker.WorkerEnded as error:
             limits = self._config.video.limits
-            unit, rows = segment.within(limits), [failed_candidate(segment, segment.start, str(failure), limits)]
-        elif failure:
-            after = rows[-1]["shot_end"] if rows else segment.start
-            rows.append(failed_candidate(segment, after, str(failure)))
-        return unit, [row | {"decode_fingerprint": self._fingerprint} for row in rows]
+            failed = failed_candidate(segment, segment.start, str(error), limits)
+            rows = [failed | {"decode_fingerprint": self._fingerprint}]
+            return self._store.write_unit("candidates", segment.within(limits), rows)
 
-    def _decode(self, segment: Segment, decoder: str) -> tuple[list[dict[str, Any]], worker.WorkerFailed | None]:
-        """Return the segment's candidates, and why it can't be read to its end, if so."""
+    def _rows_before_failure(self, segment: Segment) -> Iterator[dict[str, Any]]:
+        after = segment.start
+        try:
+            for row in self._rows(segment, "av"):
+                yield row
+                after = row["shot_end"]
+        except worker.WorkerEnded:
+            raise
+        except worker.WorkerFailed as error:
+            yield failed_candidate(segment, after, str(error)) | {"decode_fingerprint": self._fingerprint}
+
+    def _rows(self, segment: Segment, decoder: str) -> Iterator[dict[str, Any]]:
         config = self._config.video
         deadline = config.deadline_seconds + config.deadline_per_second * (segment.end - segment.start)
         frames = ("factory.candidates:candidate_frames", segment, config, decoder)
-        rows: list[dict[str, Any]] = []
-        try:
-            for candidate in worker.run_killable(
-                *frames, deadline_seconds=deadline, memory_limit_mb=config.memory_limit_mb
-            ):
-                rows.append(candidate)
-        except worker.WorkerFailed as error:
-            return rows, error
-        return rows, None
+        limits = {"deadline_seconds": deadline, "memory_limit_mb": config.memory_limit_mb}
+        for candidate in worker.run_killable(*frames, **limits):
+            yield candidate | {"decode_fingerprint": self._fingerprint}
 
 
 class DecodePictures:
