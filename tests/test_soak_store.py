@@ -140,5 +140,6 @@ def test_many_segments(ray_session: str, tmp_path: Path) -> None:
     write_table("scale", title, list(_SCALE.values()), [[row[name] for name in _SCALE] for row in found])
     small, _, large = found
     assert large["decode_peak_mb"] < 1.2 * small["decode_peak_mb"]
-    assert large["select_peak_mb"] < small["select_peak_mb"] + 3000 * 0.03  # MB: 10 kB for each candidate, and to spare
+    # A selection reads all fragments, of which Lance holds some 0.13 MB each; a candidate takes 6 kB.
+    assert large["select_peak_mb"] < small["select_peak_mb"] + 0.2 * large["segments"]
     assert large["commit_ms"] < 5 * small["commit_ms"] + 50
