@@ -1,4 +1,4 @@
-"""Decoding: the frames of a segment with their stream time, by Decord, or by PyAV where Decord would be wrong."""
+"""Decoding: the frames of a segment with their stream time, by PyAV, or by Decord where few of many are wanted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     film = _film(segment, config)
     if not film.wanted:
         return iter(())
-    return (_by_decord if film.for_decord else _by_av)(film, segment, config)
+    by_decord = film.for_decord and config.decoders[0] == "decord"
+    return (_by_decord if by_decord else _by_av)(film, segment, config)
 
 
 def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:

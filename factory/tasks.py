@@ -96,9 +96,10 @@ class DecodeSegment:
         The last one is failed where the segment can't be read to its end; the only one where the limits forbade that,
         for how far it came is chance then. WorkerLost where the machine did.
         """
-        with contextlib.suppress(worker.WorkerFailed):
-            return self._store.write_unit("candidates", segment.segment_id, self._rows(segment, "decord"))
-        try:  # once more, with the decoder that gives all that comes before it
+        for decoder in self._config.video.decoders[:-1]:
+            with contextlib.suppress(worker.WorkerFailed):
+                return self._store.write_unit("candidates", segment.segment_id, self._rows(segment, decoder))
+        try:  # the last decoder gives all that comes before a failure
             return self._store.write_unit("candidates", segment.segment_id, self._rows_before_failure(segment))
         except worker.WorkerEnded as error:
             limits = self._config.video.limits
@@ -109,7 +110,7 @@ class DecodeSegment:
     def _rows_before_failure(self, segment: Segment) -> Iterator[dict[str, Any]]:
         after = segment.start
         try:
-            for row in self._rows(segment, "av"):
+            for row in self._rows(segment, self._config.video.decoders[-1]):
                 yield row
                 after = row["shot_end"]
         except worker.WorkerEnded:

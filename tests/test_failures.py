@@ -48,7 +48,9 @@ def decoded(
         "run_killable",
         lambda _, *args, **more: run(f"{__name__}:_fails", failure, decoders, notes, *args, **more),
     )
-    config = settings.load(micro(), None, ["video.deadline_per_second=0", *limits])
+    config = settings.load(
+        micro(), None, ["video.deadline_per_second=0", "video.frames=interval", "video.interval_seconds=0.5", *limits]
+    )
     return json.loads(tasks.DecodeSegment(store, config)(asdict(segment))["entry"])
 
 
