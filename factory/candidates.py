@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,18 +28,16 @@ from factory.timeline import timeline_of
 from factory.video import Segment, VideoConfig
 
 
-def candidate_frames(
-    segment: Segment, config: VideoConfig, decoder: Literal["decord", "av"] = "decord"
-) -> Iterator[dict[str, Any]]:
+def candidate_frames(segment: Segment, config: VideoConfig, in_order: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the `candidates` rows of `segment` in order of time.
 
     They are the best frame of each shot that starts in it, or with `config.frames` its key frames, or the first frame
     of each interval; each of those is a shot of its own. Raises RuntimeError where the file stops being readable; the
     rows yielded before stay good. Decord reads ahead in a thread of its own, so how much of a damaged file it gives
-    before the error is chance; PyAV, slower, gives all that comes before, each time.
+    before the error is chance; with `in_order` PyAV reads it, which gives all that comes before, each time.
     """
     cv2.setNumThreads(1)
-    frames = {"decord": decode, "av": decode_in_order}[decoder]
+    frames = decode_in_order if in_order else decode
     row = functools.partial(_row, segment, config, timeline_of(segment, config).bars)
     if config.frames == "shots":
         for shot in _shots(segment, config, frames):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ _DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "gif")
 _JUMP_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
 _JUMP_SECONDS = 5.0  # this far before: MPEG-TS lands where the bytes are, which belong to later frames
 _DECORD_WIDTH = 160  # pixels; below, its batches of some widths (32, 48, 96, 144) fail
+
+
+_REORDERED = 8  # frames, among which those that are stored in another order than shown have shown it
+
+
+class OutOfOrder(RuntimeError):
+    """The frames' time stamps contradict the order in which they are shown."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,15 @@ def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     film = _film(segment, config)
     if not film.wanted:
         return iter(())
-    by_decord = film.for_decord and config.decoders[0] == "decord"
-    return (_by_decord if by_decord else _by_av)(film, segment, config)
+    if not film.for_decord:
+        return _by_av(film, segment, config)
+    if config.frames == "interval":
+        return _by_decord(film, segment, config)
+    frames = _by_av(film, segment, config)
+    try:
+        return chain(list(islice(frames, _REORDERED)), frames)
+    except OutOfOrder:  # an AVI's, copied into another container: Decord asks for no more than their number
+        return _by_decord(film, segment, config)
 
 
 def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
@@ -163,7 +177,7 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
                     continue
                 before, index = index, int(np.abs(film.times - frame.time).argmin())
                 if index <= before:
-                    raise RuntimeError(f"the time stamps do not follow the order of the frames. {REMUX}")
+                    raise OutOfOrder(f"the time stamps do not follow the order of the frames. {REMUX}")
                 while missing and missing[0] < index:  # the decoder left it out
                     missing.popleft()
                 if missing and missing[0] == index:

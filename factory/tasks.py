@@ -96,10 +96,9 @@ class DecodeSegment:
         The last one is failed where the segment can't be read to its end; the only one where the limits forbade that,
         for how far it came is chance then. WorkerLost where the machine did.
         """
-        for decoder in self._config.video.decoders[:-1]:
-            with contextlib.suppress(worker.WorkerFailed):
-                return self._store.write_unit("candidates", segment.segment_id, self._rows(segment, decoder))
-        try:  # the last decoder gives all that comes before a failure
+        with contextlib.suppress(worker.WorkerFailed):
+            return self._store.write_unit("candidates", segment.segment_id, self._rows(segment, in_order=False))
+        try:  # once more, by the decoder that gives all that comes before the failure
             return self._store.write_unit("candidates", segment.segment_id, self._rows_before_failure(segment))
         except worker.WorkerEnded as error:
             limits = self._config.video.limits
@@ -110,7 +109,7 @@ class DecodeSegment:
     def _rows_before_failure(self, segment: Segment) -> Iterator[dict[str, Any]]:
         after = segment.start
         try:
-            for row in self._rows(segment, self._config.video.decoders[-1]):
+            for row in self._rows(segment, in_order=True):
                 yield row
                 after = row["shot_end"]
         except worker.WorkerEnded:
@@ -118,10 +117,10 @@ class DecodeSegment:
         except worker.WorkerFailed as error:
             yield failed_candidate(segment, after, str(error)) | {"decode_fingerprint": self._fingerprint}
 
-    def _rows(self, segment: Segment, decoder: str) -> Iterator[dict[str, Any]]:
+    def _rows(self, segment: Segment, *, in_order: bool) -> Iterator[dict[str, Any]]:
         config = self._config.video
         deadline = config.deadline_seconds + config.deadline_per_second * (segment.end - segment.start)
-        frames = ("factory.candidates:candidate_frames", segment, config, decoder)
+        frames = ("factory.candidates:candidate_frames", segment, config, in_order)
         limits = {"deadline_seconds": deadline, "memory_limit_mb": config.memory_limit_mb}
         for candidate in worker.run_killable(*frames, **limits):
             yield candidate | {"decode_fingerprint": self._fingerprint}

@@ -131,15 +131,6 @@ class VideoConfig:
         return found
 
     @property
-    def decoders(self) -> tuple[Literal["decord", "av"], ...]:
-        """What reads a segment, in the order in which they are tried.
-
-        Decord jumps to the frames that it is asked for; frame by frame, PyAV takes half its time and a tenth of its
-        memory, and is the one that says where a file is damaged.
-        """
-        return ("decord", "av") if self.frames == "interval" else ("av",)
-
-    @property
     def limits(self) -> str:
         """The limits of a segment's process, in words: `120s+10-4000MB`."""
         return f"{self.deadline_seconds:g}s+{self.deadline_per_second:g}-{self.memory_limit_mb}MB"

@@ -129,7 +129,7 @@ def test_bad_files_are_rows_and_their_neighbours_are_complete(
     (segment,) = segments_of(source)
     readable = []
     with contextlib.suppress(RuntimeError):
-        readable.extend(row["frame_id"] for row in candidate_frames(segment, _config().video, "av"))
+        readable.extend(row["frame_id"] for row in candidate_frames(segment, _config().video, in_order=True))
     held = Store(str(root)).table("candidates").to_table(columns=["frame_id", "source_id", "status"]).to_pylist()
     of_cut = [row for row in held if row["source_id"] == source["source_id"]]
     assert sorted(row["frame_id"] for row in of_cut if row["status"] != "failed") == sorted(readable)

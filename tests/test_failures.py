@@ -48,18 +48,17 @@ def decoded(
         "run_killable",
         lambda _, *args, **more: run(f"{__name__}:_fails", failure, decoders, notes, *args, **more),
     )
-    config = settings.load(
-        micro(), None, ["video.deadline_per_second=0", "video.frames=interval", "video.interval_seconds=0.5", *limits]
-    )
+    config = settings.load(micro(), None, ["video.deadline_per_second=0", *limits])
     return json.loads(tasks.DecodeSegment(store, config)(asdict(segment))["entry"])
 
 
 def _fails(
-    failure: str, decoders: str, notes: str, segment: Segment, config: VideoConfig, decoder: str
+    failure: str, decoders: str, notes: str, segment: Segment, config: VideoConfig, in_order: bool
 ) -> Iterator[dict[str, Any]]:
+    decoder = "again" if in_order else "first"
     with open(notes, "a") as file:
         file.write(f"{decoder}\n")
-    rows = candidates.candidate_frames(segment, config, decoder)  # type: ignore[arg-type]
+    rows = candidates.candidate_frames(segment, config, in_order)
     if decoder in decoders.split():
         yield next(rows)
         held = [os.urandom(1_000_000) * 700] if failure == "memory" else []
@@ -92,66 +91,66 @@ def attempts(store: Store) -> list[str]:
     ("failure", "limit"),
     [("hang", "video.deadline_seconds=8"), ("memory", "video.memory_limit_mb=600"), ("crash", "commit_every=8")],
 )
-def test_what_ends_decord_is_read_by_pyav(
+def test_what_ends_the_first_pass_is_read_once_more(
     store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str, limit: str
 ) -> None:
-    entry = decoded(store, segment, monkeypatch, failure, "decord", limit)
+    entry = decoded(store, segment, monkeypatch, failure, "first", limit)
     assert entry["unit"] == segment.segment_id
     assert entry["rows"] == 2
     assert not any(key.endswith("failed") for key in entry["keys"])
-    assert attempts(store) == ["decord", "av"]
+    assert attempts(store) == ["first", "again"]
 
 
 @pytest.mark.parametrize("failure", ["crash", "damage"])
-def test_a_film_that_fails_both_decoders_keeps_what_came_before(
+def test_a_film_that_fails_both_times_keeps_what_came_before(
     store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    entry = decoded(store, segment, monkeypatch, failure, "decord av")
+    entry = decoded(store, segment, monkeypatch, failure, "first again")
     assert entry["unit"] == segment.segment_id
     assert entry["rows"] == 2
     assert entry["keys"][-1].endswith("-failed")
-    assert attempts(store) == ["decord", "av"]
+    assert attempts(store) == ["first", "again"]
 
 
-def test_what_no_decoder_does_within_the_limits_is_a_row_of_these_limits(
+def test_what_no_pass_does_within_the_limits_is_a_row_of_these_limits(
     store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = decoded(store, segment, monkeypatch, "memory", "decord av", "video.memory_limit_mb=600")
+    entry = decoded(store, segment, monkeypatch, "memory", "first again", "video.memory_limit_mb=600")
     assert entry["units"] == [segment.within("120s+0-600MB")]
     assert entry["keys"] == [f"{segment.source_id[:16]}-000000000000-failed-120s+0-600MB"]
-    assert attempts(store) == ["decord", "av"]
+    assert attempts(store) == ["first", "again"]
 
 
 @pytest.mark.parametrize("failure", ["killed", "disk"])
 def test_what_the_machine_does_is_tried_again_and_then_left_open(
     store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    entry = decoded(store, segment, monkeypatch, failure, "decord")
+    entry = decoded(store, segment, monkeypatch, failure, "first")
     assert (entry["source_id"], entry["status"]) == (segment.source_id, "pending")
     assert entry["error"].startswith("decode: ")
     assert not store.ledger("candidates")
-    assert attempts(store) == ["decord"] * worker.ATTEMPTS
+    assert attempts(store) == ["first"] * worker.ATTEMPTS
 
 
 def test_what_the_machine_did_once_changes_nothing(
     store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = decoded(store, segment, monkeypatch, "killed once", "decord")
+    entry = decoded(store, segment, monkeypatch, "killed once", "first")
     assert entry["unit"] == segment.segment_id
     assert entry["rows"] == 2
-    assert attempts(store) == ["decord", "decord"]
+    assert attempts(store) == ["first", "first"]
 
 
 def test_a_film_that_goes_while_it_is_decoded_is_the_films_failure(
     store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = decoded(store, segment, monkeypatch, "gone", "decord")
+    entry = decoded(store, segment, monkeypatch, "gone", "first")
     assert entry == {
         "source_id": segment.source_id,
         "status": "failed",
         "error": "decode: No such file or directory",
     }
-    assert attempts(store) == ["decord"]
+    assert attempts(store) == ["first"]
 
 
 def _describes(failure_of: dict[str, str], uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:

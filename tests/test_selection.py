@@ -127,7 +127,7 @@ def test_of_many_candidates_those_that_failed_are_left_alone(
     Committer(store, "candidates", every=1).add(store.write_unit("candidates", "u", rows))
     Committer(store, "sources", every=1).add(store.write_unit("sources", "s", [{"source_id": "s", "status": "ok"}]))
     units: list[dict] = []
-    monkeypatch.setattr(pipeline, "run", lambda *arguments: units.extend(arguments[4]))
+    monkeypatch.setattr(pipeline, "run", lambda *arguments: units.extend(arguments[4]) or [])
     pipeline.select(store, load(micro(), None, ["selection.duplicate_hash_bits=null"]))
     assert sum(unit["amount"] for unit in units) == 3_000
     found = store.table("candidates").to_table(columns=["status", "reason", "select_fingerprint"]).to_pylist()
