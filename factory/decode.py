@@ -27,7 +27,7 @@ _JUMP_SECONDS = 5.0  # this far before: MPEG-TS lands where the bytes are, which
 _DECORD_WIDTH = 160  # pixels; below, its batches of some widths (32, 48, 96, 144) fail
 
 
-_REORDERED = 8  # frames, among which those that are stored in another order than shown have shown it
+_REORDERED = 16  # frames, among which those that are stored in another order than shown have shown it
 
 
 class OutOfOrder(RuntimeError):
@@ -61,7 +61,7 @@ def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
         return _by_decord(film, segment, config)
     frames = _by_av(film, segment, config)
     try:
-        return chain(list(islice(frames, _REORDERED)), frames)
+        return chain(list(islice(frames, max(1, min(_REORDERED, _at_once(film))))), frames)
     except OutOfOrder:  # an AVI's, copied into another container: Decord asks for no more than their number
         return _by_decord(film, segment, config)
 
@@ -136,14 +136,19 @@ def _is_for_decord(container: str, frame: Any, *, unseen: int, interlaced: bool)
     )
 
 
+def _at_once(film: Film) -> int:
+    """Return how many raw frames of the film take 128 MB."""
+    width, height = film.size
+    return int(128e6 / (height * width * 3))
+
+
 def _by_decord(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     import decord
 
     reader = decord.VideoReader(segment.uri, num_threads=config.decode_threads)
     if len(reader) != len(film.times):
         raise RuntimeError(f"the decoder counts {len(reader)} frames, the container {len(film.times)}. {REMUX}")
-    width, height = film.size
-    step = max(1, min(16, int(64e6 / (height * width * 3))))  # at most 64 MB of raw frames at once
+    step = max(1, min(16, _at_once(film) // 2))
     for low in range(0, len(film.wanted), step):
         indices = film.wanted[low : low + step]
         for index, image in zip(indices, reader.get_batch(indices).asnumpy(), strict=True):
