@@ -1,4 +1,4 @@
-"""Films on a node's own disk: a local one where it is, an object fetched into a cache, since Decord needs a file."""
+"""Films on a node's own disk: a local one where it is, an object fetched into a cache."""
 
 from __future__ import annotations
 
