@@ -51,9 +51,9 @@ class Request:
 def requests_for(root: Path, clips: Sequence[str], count: int = 4, judged: int = 24) -> list[Request]:
     """Return what the demo asks of the samples of the drawn `clips` (names of files), none of which was in training.
 
-    For `count` of them the base with their caption, and with the keywords of line art alone; the adapter with these
-    keywords and their sketch, and with all three. For up to `judged` in all the adapter with keywords and sketch, which
-    are judged. The pictures of one sample share a seed.
+    For `count` of them the base with their caption; base and adapter with the keywords of line art, the adapter with
+    the sketch too; the same with caption and keywords. For up to `judged` in all the adapter with keywords and sketch,
+    which are judged. The pictures of one sample share a seed.
     """
     store = Store(str(root))
     sources = store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
@@ -79,6 +79,7 @@ def requests_for(root: Path, clips: Sequence[str], count: int = 4, judged: int =
             base(shows="base: the caption", prompt=caption),
             base(shows="base: keywords alone", prompt=alone),
             with_sketch,
+            base(shows="base: caption, keywords", prompt=text),
             adapter(shows="adapter: caption, keywords, sketch", route="generations", prompt=text),
         ]
     return asked

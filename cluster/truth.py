@@ -43,20 +43,24 @@ class Told(NamedTuple):
 
 
 def captions(store: Store, drawn: dict[str, Scene]) -> list[Told]:
-    """Return how much is right in the captions of the `drawn` samples with one figure, and of those with two."""
+    """Return how much is right in the captions of the `drawn` samples, by how large their figures are."""
     rows = store.table("samples").to_table(columns=["frame_id", "caption"], filter="selected").to_pylist()
     said = {row["frame_id"]: row["caption"] or "" for row in rows}
     told = []
-    for figures, name in ((1, "one figure"), (2, "two figures")):
+    for name in ("one near figure", "one full figure", "two figures"):
         found = [
-            [right for _, right in rights(scene, said[key])]
-            for key, scene in drawn.items()
-            if len(scene.figures) == figures
+            [right for _, right in rights(scene, said[key])] for key, scene in drawn.items() if _group(scene) == name
         ]
         if found:
             every = [right for answers in found for right in answers]
             told.append(Told(name, len(found), sum(map(all, found)), sum(every) / len(every)))
     return told
+
+
+def _group(scene: Scene) -> str:
+    if len(scene.figures) == 2:
+        return "two figures"
+    return "one full figure" if scene.camera == "full figure" else "one near figure"
 
 
 class Brought(NamedTuple):

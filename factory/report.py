@@ -130,8 +130,9 @@ def sample_rows(store: Store, count: int = SAMPLES) -> list[dict[str, Any]]:
     by_source: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(places.to_pylist(), key=lambda row: (names[row["source_id"]], row["timestamp"])):
         by_source.setdefault(row["source_id"], []).append(row)
-    richest = sorted(by_source.values(), key=len, reverse=True)[:count]
-    chosen = [row for turn in turns(richest) for row in turn][:count]
+    ranked = sorted(by_source.values(), key=len, reverse=True)
+    asked = ranked if len(ranked) <= count else [*ranked[: count - 1], ranked[-1]]  # that which gave least, too
+    chosen = [row for turn in turns(asked) for row in turn][:count]
     chosen.sort(key=lambda row: (-len(by_source[row["source_id"]]), names[row["source_id"]], row["timestamp"]))
     addresses = [row["_rowaddr"] for row in chosen]
     columns = ["source_id", "timestamp", "width", "height", "caption", "caption_by", "keywords", "split"]

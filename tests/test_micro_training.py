@@ -236,8 +236,10 @@ def test_an_unknown_or_early_stage_is_told_what_to_do(tmp_path: Path, capsys: py
     with pytest.raises(FileNotFoundError, match="--stage tokenizer"):
         stages.Workshop(tmp_path).tokenizer()
     (tmp_path / "file").write_text("")
-    assert main(["micro", "--output", str(tmp_path / "file"), "--stage", "probe"]) == 1
+    assert main(["micro", "--output", str(tmp_path / "file"), "--stage", "probe"]) == 2
     assert f"Not a directory: {tmp_path / 'file'}" in capsys.readouterr().err
+    assert main(["micro", "--output", str(tmp_path), "--threads", "0"]) == 2
+    assert "--threads is 1 or more, not 0" in capsys.readouterr().err
 
 
 def test_the_help_names_every_stage_and_measure(capsys: pytest.CaptureFixture) -> None:

@@ -42,8 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         return UNFINISHED if isinstance(error, RunBusy) else USAGE
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"trainer {args.verb}: {error.strerror or error}{where}. Run the same command to go on.", file=sys.stderr)
-        return UNFINISHED
+        wrong = isinstance(error, NotADirectoryError | PermissionError)
+        advice = "Give another --output." if wrong else "Run the same command to go on."
+        print(f"trainer {args.verb}: {error.strerror or error}{where}. {advice}", file=sys.stderr)
+        return USAGE if wrong else UNFINISHED
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -97,6 +99,8 @@ def micro(args: argparse.Namespace) -> int:
     for given, known, what in ((args.stage, stages.STAGES, "stage"), (args.measure, exam.SECTIONS, "measure")):
         for name in set(given or ()) - set(known):
             raise ValueError(f"No {what} {name!r}. There are, in order: {', '.join(known)}")
+    if args.threads < 1:
+        raise ValueError(f"--threads is 1 or more, not {args.threads}.")
     if args.trial and (args.install or args.measure is not None):
         raise ValueError("A trial's models have seen four steps: they are neither installed nor measured.")
     output = Path(absolute(args.output, "--output"))

@@ -36,12 +36,13 @@ CARDS = {
         """\
 from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipProcessor
+from factory.caption import spoken
 
 folder = "factory/weights/captioner"
 processor, blip = BlipProcessor.from_pretrained(folder), BlipForConditionalGeneration.from_pretrained(folder)
 seen = processor(images=Image.open("frame.png").convert("RGB"), return_tensors="pt")
 ids = blip.generate(**seen, max_new_tokens=75)  # BLIP stops at 20 unless told
-print(processor.decode(ids[0], skip_special_tokens=True))""",
+print(spoken(processor.decode(ids[0], skip_special_tokens=True)))  # with "cat-ear" in one word""",
         "Faces of full figures and of pairs are small: what it says of hair style, expression and accessory there "
         "is often wrong. It has learned from open eyes and still mouths; of closed eyes it guesses the colour.",
     ),
@@ -99,10 +100,11 @@ from transformers import BlipForImageTextRetrieval, BlipProcessor
 
 folder = "trainer/weights/judge/matcher"
 processor, blip = BlipProcessor.from_pretrained(folder), BlipForImageTextRetrieval.from_pretrained(folder)
-inputs = processor(images=Image.open("frame.png").convert("RGB"), text="a girl with red hair", return_tensors="pt")
+text = "bust shot of a smiling girl with long red hair and green eyes, wearing a kimono, on a beach"  # a whole caption
+inputs = processor(images=Image.open("frame.png").convert("RGB"), text=text, return_tensors="pt")
 print(blip(**inputs).itm_score.softmax(-1)[0, 1])  # how probable it is that they belong together""",
-        "It knows the drawings that the base knows, and is no stranger to them. Of small faces, in full figures "
-        "and pairs, it misses much.",
+        "It knows the drawings that the base knows, and is no stranger to them. It reads whole captions: "
+        "of a part of one it says that it does not belong. Of small faces, in full figures and pairs, it misses much.",
     ),
     "probe": Card(
         "attribute probe",
