@@ -68,7 +68,7 @@ def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limi
             while True:
                 try:
                     kind, value = ours.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):  # the process ended, be it in the midst of a row
                     watch.stop()
                     code = child.wait()
                     words.seek(0)
