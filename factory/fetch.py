@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,23 @@ def unread(segment: Segment, error: Exception) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def on_disk(segment: Segment, config: VideoConfig) -> Iterator[str]:
-    """Yield the path of the segment's film on this node's disk. OSError when it is gone, SourceChanged when it is not
-    what was hashed, at the start of the block or at its end."""
-    if is_remote(segment.uri):
-        with _cached(segment, config) as path:
-            yield str(path)
+def on_disk(segment: Segment, config: VideoConfig) -> Iterator[Segment]:
+    """Yield the segment of a film as this node's disk has it: the film itself, or the copy of an object.
+
+    OSError when it is gone, SourceChanged when it is not what was hashed. What changes within the block is seen by
+    those who ask `check_unchanged` of what was yielded; a copy that changed is removed, so that it is fetched again.
+    """
+    if not is_remote(segment.uri):
+        check_unchanged(segment)
+        yield segment
         return
-    check_unchanged(segment)
-    yield segment.uri
-    check_unchanged(segment)
+    with _cached(segment, config) as path:
+        copy = replace(segment, uri=str(path), modified_ns=stamp(str(path))[1])
+        try:
+            yield copy
+        except SourceChanged as error:
+            path.unlink(missing_ok=True)
+            raise OSError(f"{path}, the copy of {segment.uri}, changed while it was read.") from error
 
 
 def check_unchanged(segment: Segment) -> None:
@@ -84,7 +92,7 @@ def _hold(path: Path, held: contextlib.ExitStack) -> bool:
     fcntl.flock(handle, fcntl.LOCK_SH)
     if os.fstat(handle).st_nlink == 0:  # it was evicted while this waited
         return False
-    os.utime(path)
+    os.utime(path, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
     return True
 
 
@@ -110,7 +118,7 @@ def _fetch(segment: Segment, path: Path, limit: int) -> None:
 def _evict(folder: Path, limit: int) -> bool:
     """Remove cached films, the longest unused first, until they take `limit` bytes; return whether they take more, all
     being in use."""
-    films = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime_ns)
+    films = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_atime_ns)
     left = sum(p.stat().st_size for p in films)
     for film in films:
         if left <= limit:

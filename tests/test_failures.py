@@ -153,6 +153,26 @@ def test_a_film_that_goes_while_it_is_decoded_is_the_films_failure(
     assert attempts(store) == ["first"]
 
 
+@pytest.mark.parametrize("failure", ["", "damage", "memory"])
+def test_of_a_film_that_changes_after_its_last_row_nothing_is_kept(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    run = worker.run_killable
+
+    def touched_at_its_end(*args: Any, **limits: Any) -> Iterator[Any]:
+        try:
+            yield from run(*args, **limits)
+        finally:
+            os.utime(segment.uri)
+
+    monkeypatch.setattr(worker, "run_killable", touched_at_its_end)
+    entry = decoded(store, segment, monkeypatch, failure, "first again", "video.memory_limit_mb=600")
+    assert entry["status"] == "failed"
+    assert "changed after it was hashed" in entry["error"]
+    assert not store.ledger("candidates")
+    assert not list(Path(store.uri("candidates"), "data").glob("*"))
+
+
 def _describes(failure_of: dict[str, str], uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:
     for uri in uris:
         failure = failure_of.get(Path(uri).name)
