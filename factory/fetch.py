@@ -13,22 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from factory.files import locked, new_file
-from factory.locations import copy_stream, is_remote, stamp
+from factory.locations import SourceGone, copy_stream, is_remote, open_binary, stamp
 from factory.video import Segment, VideoConfig
 
 _POLL_SECONDS = 0.5
 
 
-class SourceChanged(OSError):
+class SourceChanged(SourceGone):
     """A file or object is not what it was when it was hashed."""
 
 
 def unread(segment: Segment, error: Exception) -> dict[str, Any]:
     """Return the answer that stands for a segment which is not done: its source, why, and what that makes the source.
 
-    Failed where the file is gone, closed to us or changed; pending, to be tried again, where the machine is at fault.
+    Failed where the source is gone, closed to us or changed (SourceGone); pending, to be tried again, for any other
+    error, of the cache or the dataset's own files too: the machine is at fault.
     """
-    gone = isinstance(error, SourceChanged | FileNotFoundError | NotADirectoryError | PermissionError)
+    gone = isinstance(error, SourceGone)
     reason = getattr(error, "strerror", None) or error
     return {
         "source_id": segment.source_id,
@@ -41,24 +42,24 @@ def unread(segment: Segment, error: Exception) -> dict[str, Any]:
 def on_disk(segment: Segment, config: VideoConfig) -> Iterator[Segment]:
     """Yield the segment of a film as this node's disk has it: the film itself, or the copy of an object.
 
-    OSError when it is gone, SourceChanged when it is not what was hashed. What changes within the block is seen by
+    SourceGone when it can't be opened, SourceChanged when it is not what was hashed. What changes within the block is seen by
     those who ask `check_unchanged` of what was yielded; a copy that changed is removed, so that it is fetched again.
     """
     if not is_remote(segment.uri):
         check_unchanged(segment)
+        open_binary(segment.uri).close()  # a decoder does not tell a film that is closed to us from other errors
         yield segment
         return
     with _cached(segment, config) as path:
-        copy = replace(segment, uri=str(path), modified_ns=stamp(str(path))[1])
         try:
-            yield copy
-        except SourceChanged as error:
+            yield replace(segment, uri=str(path), modified_ns=stamp(str(path))[1])
+        except SourceGone as error:
             path.unlink(missing_ok=True)
-            raise OSError(f"{path}, the copy of {segment.uri}, changed while it was read.") from error
+            raise OSError(f"{path}, the copy of {segment.uri}, was changed or removed while it was read") from error
 
 
 def check_unchanged(segment: Segment) -> None:
-    """Raise SourceChanged unless the segment's file was last changed when it was hashed, OSError when it is gone."""
+    """Raise SourceChanged unless the segment's file was last changed when it was hashed, SourceGone without one."""
     if stamp(segment.uri)[1] != segment.modified_ns:
         raise SourceChanged(f"{segment.uri} changed after it was hashed. Build again.")
 

@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from factory import candidates, pipeline, settings, sources, tasks, worker
+from factory import candidates, locations, pipeline, settings, sources, tasks, worker
 from factory.config import micro
 from factory.sources import describe_source, segments_of
 from factory.store import NotFinished, Store
@@ -171,6 +172,37 @@ def test_of_a_film_that_changes_after_its_last_row_nothing_is_kept(
     assert "changed after it was hashed" in entry["error"]
     assert not store.ledger("candidates")
     assert not list(Path(store.uri("candidates"), "data").glob("*"))
+
+
+@pytest.mark.parametrize("place", ["ledger", "cache", "temporary"])
+def test_a_folder_of_ours_that_cannot_be_written_is_the_machines_failure(
+    store: Store, segment: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def closed(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    cache = tmp_path / "cache"
+    if place == "ledger":
+        monkeypatch.setattr("factory.store.write_atomic", closed)
+    elif place == "cache":
+        cache.touch()  # a file
+        segment = replace(segment, uri="s3://bucket/film.mp4")
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    config = settings.load(micro(), None, [f"video.cache_folder={cache}"])
+    entry = json.loads(tasks.DecodeSegment(store, config)(asdict(segment))["entry"])
+    assert (entry["source_id"], entry["status"]) == (segment.source_id, "pending")
+
+
+def test_a_film_that_is_closed_to_us_is_the_films_failure(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: str, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(locations, "open", closed, raising=False)
+    entry = json.loads(tasks.DecodeSegment(store, micro())(asdict(segment))["entry"])
+    assert (entry["status"], entry["error"]) == ("failed", "decode: Permission denied")
 
 
 def _describes(failure_of: dict[str, str], uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,23 @@ from factory import fetch, locations, settings, tasks, worker
 from factory.candidates import candidate_frames
 from factory.config import micro
 from factory.fetch import SourceChanged, on_disk
+from factory.locations import SourceGone
 from factory.sources import describe_source, find_sources, segments_of
 from factory.store import Store
 from factory.video import Segment, VideoConfig
 from tests.conftest import REPO
 from tests.footage import patterns, write_film
 from tests.test_factory import OVERRIDES, contents
+
+
+def _environment(port: int) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 class Server:
@@ -36,13 +48,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        self.environment = _environment(self.port)
         with open(log, "w") as words:
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
             self.process = subprocess.Popen(command, stdout=words, stderr=words)
@@ -207,7 +213,7 @@ def test_an_object_that_is_replaced_or_removed_is_a_failure(server: Server, film
     with pytest.raises(SourceChanged, match="Build again"), on_disk(segment, config):
         pass
     server.files.delete_file("films/film.mp4")
-    with pytest.raises(FileNotFoundError, match="no such object"), on_disk(segment, config):
+    with pytest.raises(SourceGone, match="no such object"), on_disk(segment, config):
         pass
     assert os.listdir(config.cache_folder) == [".lock"]
 
@@ -287,6 +293,24 @@ def test_a_lost_network_is_a_failure_of_that_source(
     assert row["error"].startswith("cannot be read: ")
     (local,) = segments_of(describe_source(str(film), config))
     assert json.loads(decode(asdict(local))["entry"])["rows"] == 2
+
+
+def test_an_object_that_may_not_be_read_is_a_failed_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forbids(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forbids) as forbids:
+        threading.Thread(target=forbids.serve_forever, daemon=True).start()
+        for name, value in _environment(forbids.server_port).items():
+            monkeypatch.setenv(name, value)
+        locations._bucket.cache_clear()
+        row = describe_source("s3://films/film.mp4", VideoConfig())
+        forbids.shutdown()
+    locations._bucket.cache_clear()
+    assert row["status"] == "failed"
+    assert "ACCESS_DENIED" in row["error"]
 
 
 _JOB = """
