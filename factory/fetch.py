@@ -7,16 +7,18 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from factory import worker
 from factory.files import locked, new_file
 from factory.locations import SourceGone, copy_stream, is_remote, open_binary, stamp
 from factory.video import Segment, VideoConfig
 
 _POLL_SECONDS = 0.5
+T = TypeVar("T")
 
 
 class SourceChanged(SourceGone):
@@ -38,12 +40,27 @@ def unread(segment: Segment, error: Exception) -> dict[str, Any]:
     }
 
 
+def retried(read: Callable[[], T]) -> T:
+    """Return what `read` returns, called again after an OSError that the machine may be at fault for.
+
+    Raises SourceGone at once, another OSError when it has come as often as work is tried.
+    """
+    for _ in range(worker.ATTEMPTS - 1):
+        try:
+            return read()
+        except SourceGone:
+            raise
+        except OSError:
+            continue
+    return read()
+
+
 @contextlib.contextmanager
 def on_disk(segment: Segment, config: VideoConfig) -> Iterator[Segment]:
     """Yield the segment of a film as this node's disk has it: the film itself, or the copy of an object.
 
-    SourceGone when it can't be opened, SourceChanged when it is not what was hashed. What changes within the block is seen by
-    those who ask `check_unchanged` of what was yielded; a copy that changed is removed, so that it is fetched again.
+    SourceGone when it can't be opened, SourceChanged when it is not what was hashed. What changes within the block is
+    seen by those who ask `check_unchanged` of what was yielded; a copy that changed is removed, to be fetched again.
     """
     if not is_remote(segment.uri):
         check_unchanged(segment)
