@@ -18,7 +18,7 @@ from factory import still
 from factory.bars import FilmBars
 from factory.cuts import starts_shot
 from factory.decode import decode, decode_in_order
-from factory.fetch import SourceChanged, check_unchanged, unread
+from factory.fetch import SourceChanged, check_unchanged, retried, unread
 from factory.locations import copy_stream
 from factory.picture import encode_jpeg
 from factory.schema import frame_id
@@ -58,7 +58,7 @@ def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator
     cv2.setNumThreads(1)
     for segment in segments:
         try:
-            data = _read_unchanged(segment)
+            data = retried(functools.partial(_read_unchanged, segment))
         except OSError as error:
             yield unread(segment, error)
             continue

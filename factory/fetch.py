@@ -7,27 +7,31 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from factory import worker
 from factory.files import locked, new_file
-from factory.locations import copy_stream, is_remote, stamp
+from factory.locations import SourceGone, copy_stream, is_remote, open_binary, stamp
 from factory.video import Segment, VideoConfig
 
 _POLL_SECONDS = 0.5
+T = TypeVar("T")
 
 
-class SourceChanged(OSError):
+class SourceChanged(SourceGone):
     """A file or object is not what it was when it was hashed."""
 
 
 def unread(segment: Segment, error: Exception) -> dict[str, Any]:
     """Return the answer that stands for a segment which is not done: its source, why, and what that makes the source.
 
-    Failed where the file is gone, closed to us or changed; pending, to be tried again, where the machine is at fault.
+    Failed where the source is gone, closed to us or changed (SourceGone); pending, to be tried again, for any other
+    error, of the cache or the dataset's own files too: the machine is at fault.
     """
-    gone = isinstance(error, SourceChanged | FileNotFoundError | NotADirectoryError | PermissionError)
+    gone = isinstance(error, SourceGone)
     reason = getattr(error, "strerror", None) or error
     return {
         "source_id": segment.source_id,
@@ -36,21 +40,43 @@ def unread(segment: Segment, error: Exception) -> dict[str, Any]:
     }
 
 
+def retried(read: Callable[[], T]) -> T:
+    """Return what `read` returns, called again after an OSError that the machine may be at fault for.
+
+    Raises SourceGone at once, another OSError when it has come as often as work is tried.
+    """
+    for _ in range(worker.ATTEMPTS - 1):
+        try:
+            return read()
+        except SourceGone:
+            raise
+        except OSError:
+            continue
+    return read()
+
+
 @contextlib.contextmanager
-def on_disk(segment: Segment, config: VideoConfig) -> Iterator[str]:
-    """Yield the path of the segment's film on this node's disk. OSError when it is gone, SourceChanged when it is not
-    what was hashed, at the start of the block or at its end."""
-    if is_remote(segment.uri):
-        with _cached(segment, config) as path:
-            yield str(path)
+def on_disk(segment: Segment, config: VideoConfig) -> Iterator[Segment]:
+    """Yield the segment of a film as this node's disk has it: the film itself, or the copy of an object.
+
+    SourceGone when it can't be opened, SourceChanged when it is not what was hashed. What changes within the block is
+    seen by those who ask `check_unchanged` of what was yielded; a copy that changed is removed, to be fetched again.
+    """
+    if not is_remote(segment.uri):
+        check_unchanged(segment)
+        open_binary(segment.uri).close()  # a decoder does not tell a film that is closed to us from other errors
+        yield segment
         return
-    check_unchanged(segment)
-    yield segment.uri
-    check_unchanged(segment)
+    with _cached(segment, config) as path:
+        try:
+            yield replace(segment, uri=str(path), modified_ns=stamp(str(path))[1])
+        except SourceGone as error:
+            path.unlink(missing_ok=True)
+            raise OSError(f"{path}, the copy of {segment.uri}, was changed or removed while it was read") from error
 
 
 def check_unchanged(segment: Segment) -> None:
-    """Raise SourceChanged unless the segment's file was last changed when it was hashed, OSError when it is gone."""
+    """Raise SourceChanged unless the segment's file was last changed when it was hashed, SourceGone without one."""
     if stamp(segment.uri)[1] != segment.modified_ns:
         raise SourceChanged(f"{segment.uri} changed after it was hashed. Build again.")
 
@@ -84,7 +110,7 @@ def _hold(path: Path, held: contextlib.ExitStack) -> bool:
     fcntl.flock(handle, fcntl.LOCK_SH)
     if os.fstat(handle).st_nlink == 0:  # it was evicted while this waited
         return False
-    os.utime(path)
+    os.utime(path, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
     return True
 
 
@@ -110,7 +136,7 @@ def _fetch(segment: Segment, path: Path, limit: int) -> None:
 def _evict(folder: Path, limit: int) -> bool:
     """Remove cached films, the longest unused first, until they take `limit` bytes; return whether they take more, all
     being in use."""
-    films = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime_ns)
+    films = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_atime_ns)
     left = sum(p.stat().st_size for p in films)
     for film in films:
         if left <= limit:

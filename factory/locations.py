@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import glob
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import PurePath
 from typing import BinaryIO
 from urllib.parse import quote, unquote, urlsplit
@@ -22,10 +24,12 @@ from factory.settings import UsageError
 # minutes unless told otherwise.
 _OPTIONS = {"s3": "", "gs": "?retry_limit_seconds=30"}
 _PIECE = 8 << 20  # bytes
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+_FORBIDDEN = ("AWS Error ACCESS_DENIED", "google::cloud::Status(PERMISSION_DENIED")  # pyarrow gives no errno with them
 
 
-class NoFile(FileNotFoundError):
-    """What is at a location is no file."""
+class SourceGone(OSError):
+    """The source's fault, not the machine's: there is no file at its location, or none that we may read."""
 
 
 def normal(location: str) -> str:
@@ -120,26 +124,39 @@ def _store(location: str) -> fs.FileSystem:
     return _bucket(f"{parts.scheme}://{parts.netloc}{_OPTIONS[parts.scheme]}")
 
 
+@contextlib.contextmanager
+def _told_by_fault() -> Iterator[None]:
+    """Raise SourceGone in place of an OSError in the block which says that the file is gone or closed to us."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _GONE or any(words in str(error) for words in _FORBIDDEN):
+            raise SourceGone(error.strerror or str(error)) from error
+        raise
+
+
+@_told_by_fault()
 def stamp(location: str) -> tuple[int, int]:
     """Return size (bytes) and time of the last change (ns since 1970) of a file or object.
 
-    OSError when it is gone, can't be reached, or is no regular file.
+    SourceGone when there is none, it is closed to us or no regular file; OSError when it can't be reached.
     """
     if is_remote(location):
         info = _store(location).get_file_info(str(path_of(location)))
         if info.type != fs.FileType.File:
-            raise NoFile("there is no such object")
+            raise SourceGone("there is no such object")
         return info.size, info.mtime_ns
     found = os.stat(location)
     if stat.S_ISDIR(found.st_mode):
-        raise NoFile("it is a folder that may not be listed")
+        raise SourceGone("it is a folder that may not be listed")
     if not stat.S_ISREG(found.st_mode):
-        raise NoFile("it is no regular file")
+        raise SourceGone("it is no regular file")
     return found.st_size, found.st_mtime_ns
 
 
+@_told_by_fault()
 def open_binary(location: str) -> BinaryIO:
-    """Return a file or object opened for reading, which can seek. OSError when that can't be done."""
+    """Return a file or object opened for reading, which can seek. SourceGone or OSError as `stamp`."""
     if not is_remote(location):
         return open(location, "rb")
     return _store(location).open_input_file(str(path_of(location)))  # type: ignore[return-value]

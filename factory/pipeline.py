@@ -96,12 +96,16 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     """Describe the files at `paths` (hash, container facts), append the new ones to the sources table.
 
     Return their source_ids. The same bytes under two names are one source; a known one that was moved gets its new
-    path, one that could not be opened is looked at again, one that did not change is not read.
+    path, one that could not be opened is looked at again, one that did not change is not read. So are those, beside
+    `paths`, that the machine could not open: nothing is selected without them.
     """
     committer = Committer(store, "sources", every=1)
     known = {row["source_id"]: row for row in store.table("sources").to_table(with_row_address=True).to_pylist()}
-    films = [[path] for path in paths if not is_picture(path)]
-    pictures = in_lots([path for path in paths if is_picture(path)], config.video.pictures_per_unit)
+    lost = {row["uri"] for row in known.values() if row["status"] == "pending" and row["segment_starts"] is None}
+    given = set(paths)
+    looked_at = sorted(given | lost)
+    films = [[path] for path in looked_at if not is_picture(path)]
+    pictures = in_lots([path for path in looked_at if is_picture(path)], config.video.pictures_per_unit)
     units = [{"uris": uris} for uris in (*films, *pictures)]
     progress = Progress("sources", "units of files", len(units))
     opened = [row for row in known.values() if row["segment_starts"] is not None]
@@ -136,7 +140,7 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     update(store, "sources", changed)
     read = {unread_id(row["uri"]) for row in answers} - found.keys()
     store.remove("sources", read & known.keys())  # they said that the file at this place could not be read
-    return set(found)
+    return {row["source_id"] for row in answers if row["uri"] in given}
 
 
 def record_rights(store: Store, rights: RightsFile) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from factory import still
-from factory.locations import copy_stream, find_files, normal, open_binary, path_of, stamp
+from factory.fetch import SourceChanged, retried
+from factory.locations import SourceGone, copy_stream, find_files, normal, open_binary, path_of, stamp
 from factory.settings import NothingThere
 from factory.video import REMUX, Segment, VideoConfig
+from factory.worker import is_of_machine
 
 # Columns of a `sources` row that describe what is in the file.
 FACTS = ("container", "codec", "width", "height", "fps", "start_time", "duration", "segment_starts", "status")
@@ -61,25 +64,35 @@ def describe_source(uri: str, config: VideoConfig) -> dict[str, Any]:
 
 
 def identify(uri: str) -> dict[str, Any]:
-    """Return what of a `sources` row needs no look into the file `uri`; failed where it can't be read, or is empty."""
+    """Return what of a `sources` row needs no look into the file `uri`.
+
+    Failed where the file is gone, closed to us, empty or being written; pending where the machine can't read it.
+    """
     row: dict[str, Any] = {"uri": uri, "collection": path_of(uri).parent.name, "licence": "unknown"}
     try:
-        row["size_bytes"], row["modified_ns"] = before = stamp(uri)
-        row["source_id"] = copy_stream(uri)
-        if stamp(uri) != before:
-            raise OSError("it changed while it was read. Build again when it is complete")
+        row |= retried(lambda: _hashed(uri))
     except OSError as error:
-        row["source_id"] = unread_id(uri)
-        return row | {"status": "failed", "error": f"cannot be read: {error.strerror or error}"}
+        status = "failed" if isinstance(error, SourceGone) else "pending"
+        reason = f"cannot be read: {error.strerror or error}"
+        return row | {"source_id": unread_id(uri), "status": status, "error": reason}
     if not row["size_bytes"]:
         return row | {"status": "failed", "error": f"not a {_noun(uri)}: the file is empty"}
     return row
 
 
+def _hashed(uri: str) -> dict[str, Any]:
+    size, modified_ns = stamp(uri)
+    source_id = copy_stream(uri)
+    if stamp(uri) != (size, modified_ns):
+        raise SourceChanged("it changed while it was read. Build again when it is complete")
+    return {"size_bytes": size, "modified_ns": modified_ns, "source_id": source_id}
+
+
 def probe_sources(uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:
     """Yield the FACTS of each file: what is in it, and its status; failed with the error for what can't be opened.
 
-    Run in a killable process: a library may spin over a damaged header.
+    Run in a killable process: a library may spin over a damaged header. Raises OSError, ImportError or MemoryError
+    where the machine is at fault.
     """
     for uri in uris:
         yield _facts(uri, config)
@@ -95,9 +108,9 @@ def _facts(uri: str, config: VideoConfig) -> dict[str, Any]:
         return (_probe_picture if is_picture(uri) else _probe)(uri, config) | {"status": "pending"}
     except Refused as error:
         return {"status": "failed", "error": f"refused: {error}"}
-    except (ImportError, MemoryError):
-        raise  # the machine's, not the file's
     except Exception as error:  # any file may be here: the libraries' own errors are many
+        if is_of_machine(error) and not isinstance(error, SourceGone):
+            raise
         return unopened(uri, getattr(error, "strerror", None) or error)
 
 
@@ -114,8 +127,13 @@ def _probe_picture(uri: str, config: VideoConfig) -> dict[str, Any]:
     size = stamp(uri)[0]
     if size > still.MAX_BYTES:
         raise ValueError(f"the file has {size / 1e9:.1f} GB; pictures of up to {still.MAX_BYTES / 1e9:.1f} are read")
-    with open_binary(uri) as file:
-        return still.facts(file)
+    data = io.BytesIO()
+    copy_stream(uri, data)
+    data.seek(0)
+    try:
+        return still.facts(data)
+    except OSError as error:  # Pillow's: what can't be read is in memory
+        raise ValueError(str(error)) from error
 
 
 def _probe(uri: str, config: VideoConfig) -> dict[str, Any]:

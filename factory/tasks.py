@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import cv2
@@ -16,7 +15,7 @@ from factory import caption as captions
 from factory import schema, worker
 from factory.candidates import failed_candidate
 from factory.config import FactoryConfig
-from factory.fetch import on_disk, unread
+from factory.fetch import check_unchanged, on_disk, unread
 from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
@@ -81,8 +80,8 @@ class DecodeSegment:
         answer: dict[str, Any] = {}
         for _ in range(worker.ATTEMPTS):
             try:
-                with on_disk(segment, self._config.video) as path:
-                    answer = self._write(replace(segment, uri=path))
+                with on_disk(segment, self._config.video) as here:
+                    answer = self._write(here)
                 break
             except (OSError, worker.WorkerLost) as error:
                 answer = unread(segment, error)
@@ -94,17 +93,25 @@ class DecodeSegment:
         """Write the segment's candidates, as they come, and return their entry.
 
         The last one is failed where the segment can't be read to its end; the only one where the limits forbade that,
-        for how far it came is chance then. WorkerLost where the machine did.
+        for how far it came is chance then. WorkerLost where the machine did; SourceChanged where the file was changed
+        meanwhile: of that nothing is written.
         """
         with contextlib.suppress(worker.WorkerFailed):
-            return self._store.write_unit("candidates", segment.segment_id, self._rows(segment, in_order=False))
+            return self._write_unit(segment, segment.segment_id, self._rows(segment, in_order=False))
         try:  # once more, by the decoder that gives all that comes before the failure
-            return self._store.write_unit("candidates", segment.segment_id, self._rows_before_failure(segment))
+            return self._write_unit(segment, segment.segment_id, self._rows_before_failure(segment))
         except worker.WorkerEnded as error:
             limits = self._config.video.limits
             failed = failed_candidate(segment, segment.start, str(error), limits)
             rows = [failed | {"decode_fingerprint": self._fingerprint}]
-            return self._store.write_unit("candidates", segment.within(limits), rows)
+            return self._write_unit(segment, segment.within(limits), rows)
+
+    def _write_unit(self, segment: Segment, unit: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        def of_one_file() -> Iterator[dict[str, Any]]:
+            yield from rows
+            check_unchanged(segment)  # before the ledger has them: what it has is published
+
+        return self._store.write_unit("candidates", unit, of_one_file())
 
     def _rows_before_failure(self, segment: Segment) -> Iterator[dict[str, Any]]:
         after = segment.start

@@ -68,7 +68,7 @@ def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limi
             while True:
                 try:
                     kind, value = ours.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):  # the process ended, be it in the midst of a row
                     watch.stop()
                     code = child.wait()
                     words.seek(0)
@@ -194,12 +194,12 @@ def _main(fd: int) -> None:
             connection.send(("row", value))
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        connection.send(("machine" if _is_of_machine(error) else "error", message))
+        connection.send(("machine" if is_of_machine(error) else "error", message))
     else:
         connection.send(("end", None))
 
 
-def _is_of_machine(error: Exception) -> bool:
+def is_of_machine(error: Exception) -> bool:
     """Return whether `error` says something of the machine. FFmpeg's never do: PyAV's are OSErrors at times, and what
     they tell is that the file is damaged."""
     return isinstance(error, OSError | ImportError | MemoryError) and type(error).__module__ != "av.error"

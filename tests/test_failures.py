@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from factory import candidates, pipeline, settings, sources, tasks, worker
+from factory import candidates, locations, pipeline, settings, sources, tasks, worker
 from factory.config import micro
 from factory.sources import describe_source, segments_of
 from factory.store import NotFinished, Store
 from factory.video import Segment, VideoConfig
+from tests.conftest import REPO
 from tests.test_worker import _spins
 
 
@@ -153,6 +156,57 @@ def test_a_film_that_goes_while_it_is_decoded_is_the_films_failure(
     assert attempts(store) == ["first"]
 
 
+@pytest.mark.parametrize("failure", ["", "damage", "memory"])
+def test_of_a_film_that_changes_after_its_last_row_nothing_is_kept(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    run = worker.run_killable
+
+    def touched_at_its_end(*args: Any, **limits: Any) -> Iterator[Any]:
+        try:
+            yield from run(*args, **limits)
+        finally:
+            os.utime(segment.uri)
+
+    monkeypatch.setattr(worker, "run_killable", touched_at_its_end)
+    entry = decoded(store, segment, monkeypatch, failure, "first again", "video.memory_limit_mb=600")
+    assert entry["status"] == "failed"
+    assert "changed after it was hashed" in entry["error"]
+    assert not store.ledger("candidates")
+    assert not list(Path(store.uri("candidates"), "data").glob("*"))
+
+
+@pytest.mark.parametrize("place", ["ledger", "cache", "temporary"])
+def test_a_folder_of_ours_that_cannot_be_written_is_the_machines_failure(
+    store: Store, segment: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def closed(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    cache = tmp_path / "cache"
+    if place == "ledger":
+        monkeypatch.setattr("factory.store.write_atomic", closed)
+    elif place == "cache":
+        cache.touch()  # a file
+        segment = replace(segment, uri="s3://bucket/film.mp4")
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    config = settings.load(micro(), None, [f"video.cache_folder={cache}"])
+    entry = json.loads(tasks.DecodeSegment(store, config)(asdict(segment))["entry"])
+    assert (entry["source_id"], entry["status"]) == (segment.source_id, "pending")
+
+
+def test_a_film_that_is_closed_to_us_is_the_films_failure(
+    store: Store, segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: str, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(locations, "open", closed, raising=False)
+    entry = json.loads(tasks.DecodeSegment(store, micro())(asdict(segment))["entry"])
+    assert (entry["status"], entry["error"]) == ("failed", "decode: Permission denied")
+
+
 def _describes(failure_of: dict[str, str], uris: list[str], config: VideoConfig) -> Iterator[dict[str, Any]]:
     for uri in uris:
         failure = failure_of.get(Path(uri).name)
@@ -160,6 +214,10 @@ def _describes(failure_of: dict[str, str], uris: list[str], config: VideoConfig)
             list(_spins())
         if failure == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if failure == "disk":
+            sources.open_binary = locations.open_binary = _breaks_midway
+        if failure == "gone" and os.path.exists(uri):
+            os.remove(uri)
         yield from sources.probe_sources([uri], config)
 
 
@@ -188,6 +246,96 @@ def test_a_file_that_hangs_the_prober_is_a_failed_source_and_its_neighbours_are_
     whole = json.loads(tasks.DescribeSources(config, [])({"uris": uris})["json"])
     assert whole == [sources.describe_source(uri, config.video) for uri in uris]
     assert [rows[0], rows[3]] == [whole[0], whole[3]]
+
+
+def _breaks(monkeypatch: pytest.MonkeyPatch, module: Any, times: int) -> list[str]:
+    """Let the disk break in the midst of a file, so many times, for one module; return a list of what it read."""
+    read: list[str] = []
+    copy = module.copy_stream
+
+    def copies(uri: str, *target: Any) -> str:
+        read.append(uri)
+        if len(read) <= times:
+            raise _ERRORS["disk"]
+        return copy(uri, *target)
+
+    monkeypatch.setattr(module, "copy_stream", copies)
+    return read
+
+
+@pytest.mark.parametrize("times", [1, worker.ATTEMPTS])
+def test_a_disk_that_breaks_while_a_file_is_hashed_is_tried_again_and_then_left_open(
+    film: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    whole = sources.identify(str(film))
+    read = _breaks(monkeypatch, sources, times)
+    row = sources.identify(str(film))
+    if times == 1:
+        assert row == whole
+    else:
+        assert (row["status"], row["error"]) == ("pending", "cannot be read: Input/output error")
+        assert len(row["source_id"]) == 64
+    assert len(read) == min(times + 1, worker.ATTEMPTS)
+
+
+@pytest.mark.parametrize("times", [1, worker.ATTEMPTS])
+def test_a_disk_that_breaks_while_a_picture_is_read_is_tried_again_and_then_left_open(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    segments = segments_of(describe_source(str(REPO / "docs/demo.jpg"), VideoConfig()))
+    whole = list(candidates.picture_candidates(segments, VideoConfig()))
+    read = _breaks(monkeypatch, candidates, times)
+    (row,) = candidates.picture_candidates(segments, VideoConfig())
+    if times == 1:
+        assert [row] == whole
+    else:
+        assert (row["status"], row["error"]) == ("pending", "decode: Input/output error")
+    assert len(read) == min(times + 1, worker.ATTEMPTS)
+
+
+@pytest.mark.parametrize("failure", ["disk", "gone"])
+def test_a_disk_that_breaks_while_a_file_is_probed_is_no_failure_of_the_file(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    uris = [shutil.copy(film, tmp_path / "a.mp4"), shutil.copy(REPO / "docs/demo.jpg", tmp_path / "b.jpg")]
+    probing_fails(monkeypatch, {Path(uri).name: failure for uri in uris})
+    rows = json.loads(tasks.DescribeSources(micro(), [])({"uris": [str(uri) for uri in uris]})["json"])
+    if failure == "disk":
+        told = ("pending", "probe: [Errno 5] Input/output error")
+        assert [(row["status"], row["error"]) for row in rows] == [told] * 2
+    else:
+        assert [row["status"] for row in rows] == ["failed"] * 2
+        assert all(row["error"].endswith("that can be opened: No such file or directory") for row in rows)
+
+
+def _breaks_midway(uri: str) -> io.BytesIO:
+    return _BreaksMidway(Path(uri).read_bytes())
+
+
+class _BreaksMidway(io.BytesIO):
+    """A file whose first bytes alone can be read."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() > 0:
+            raise _ERRORS["disk"]
+        return super().read(4096)
+
+
+def test_what_the_machine_could_not_open_is_looked_at_by_any_build_that_follows(
+    film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, other = shutil.copy(film, tmp_path / "lost.mp4"), shutil.copy(REPO / "docs/demo.jpg", tmp_path / "b.jpg")
+    monkeypatch.setattr(pipeline, "run_tasks", lambda task, rows, _: (task(row) for row in rows))  # without Ray
+    with monkeypatch.context() as patch:
+        _breaks(patch, sources, worker.ATTEMPTS)
+        pipeline.add_sources(store, [str(lost)], micro())
+    with pytest.raises(NotFinished, match="cannot be read: Input/output error"):
+        pipeline.select(store, micro())
+    os.remove(lost)
+    built = pipeline.add_sources(store, [str(other)], micro())
+    rows = store.table("sources").to_table(columns=["source_id", "uri", "status", "error"]).to_pylist()
+    assert {(row["uri"], row["status"]) for row in rows} == {(str(lost), "failed"), (str(other), "pending")}
+    assert built == {row["source_id"] for row in rows if row["uri"] == str(other)}
 
 
 def test_nothing_is_selected_without_a_source_that_the_machine_did_not_open(

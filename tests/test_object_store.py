@@ -12,21 +12,33 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
-from factory import fetch, locations, settings, tasks
+from factory import fetch, locations, settings, tasks, worker
 from factory.candidates import candidate_frames
 from factory.config import micro
 from factory.fetch import SourceChanged, on_disk
+from factory.locations import SourceGone
 from factory.sources import describe_source, find_sources, segments_of
 from factory.store import Store
 from factory.video import Segment, VideoConfig
 from tests.conftest import REPO
 from tests.footage import patterns, write_film
 from tests.test_factory import OVERRIDES, contents
+
+
+def _environment(port: int) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 class Server:
@@ -36,13 +48,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        self.environment = _environment(self.port)
         with open(log, "w") as words:
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
             self.process = subprocess.Popen(command, stdout=words, stderr=words)
@@ -160,8 +166,8 @@ def test_a_film_is_fetched_once_and_decodes_as_on_disk(
     sizes: list[int] = []
 
     def take() -> None:
-        with on_disk(segment, config) as path:
-            sizes.append(os.path.getsize(path))
+        with on_disk(segment, config) as here:
+            sizes.append(os.path.getsize(here.uri))
 
     threads = [threading.Thread(target=take) for _ in range(6)]
     for thread in threads:
@@ -170,8 +176,8 @@ def test_a_film_is_fetched_once_and_decodes_as_on_disk(
         thread.join()
     assert sizes == [film.stat().st_size] * 6
     assert fetched == ["s3://films/film.mp4"]
-    with on_disk(segment, config) as path:
-        rows = list(candidate_frames(replace(segment, uri=path), config))
+    with on_disk(segment, config) as here:
+        rows = list(candidate_frames(here, config))
     (local,) = segments_of(describe_source(str(film), config))
     assert rows == list(candidate_frames(local, config))
 
@@ -195,8 +201,8 @@ def test_half_a_film_is_never_used(
     killed = folder / f".0123abcd.tmp.{segment.source_id}"  # what a killed process leaves
     killed.write_bytes(film.read_bytes()[:1000])
     monkeypatch.setattr(fetch, "copy_stream", copy)
-    with on_disk(segment, config) as path:
-        assert Path(path).read_bytes() == film.read_bytes()
+    with on_disk(segment, config) as here:
+        assert Path(here.uri).read_bytes() == film.read_bytes()
     assert sorted(os.listdir(folder)) == [".lock", segment.source_id]
 
 
@@ -207,9 +213,36 @@ def test_an_object_that_is_replaced_or_removed_is_a_failure(server: Server, film
     with pytest.raises(SourceChanged, match="Build again"), on_disk(segment, config):
         pass
     server.files.delete_file("films/film.mp4")
-    with pytest.raises(FileNotFoundError, match="no such object"), on_disk(segment, config):
+    with pytest.raises(SourceGone, match="no such object"), on_disk(segment, config):
         pass
     assert os.listdir(config.cache_folder) == [".lock"]
+
+
+def test_a_copy_that_changes_while_it_is_decoded_is_fetched_again(
+    server: Server, film: Path, config: VideoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment, copy = _segment(server.put(film, "film.mp4")), fetch.copy_stream
+    store = Store(str(tmp_path / "root"))
+    store.create()
+    run = worker.run_killable
+
+    def changes_once(*args: object, **limits: object) -> Iterator[object]:
+        yield from run(*args, **limits)  # type: ignore[arg-type]
+        if len(fetched) == 1:
+            Path(config.cache_folder, segment.source_id).write_bytes(b"another")
+
+    def counted(uri: str, target: object) -> str:
+        fetched.append(uri)
+        return copy(uri, target)  # type: ignore[arg-type]
+
+    fetched: list[str] = []
+    monkeypatch.setattr(worker, "run_killable", changes_once)
+    monkeypatch.setattr(fetch, "copy_stream", counted)
+    decode = tasks.DecodeSegment(store, settings.load(micro(), None, [f"video.cache_folder={config.cache_folder}"]))
+    assert json.loads(decode(asdict(segment))["entry"])["rows"] == 2
+    assert len(fetched) == 2
+    assert Path(config.cache_folder, segment.source_id).read_bytes() == film.read_bytes()
+    assert len(list(Path(store.uri("candidates"), "data").glob("*.lance"))) == 1
 
 
 def test_the_cache_stays_within_its_limit_and_keeps_what_is_in_use(
@@ -227,10 +260,10 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_in_use(
             taken.set()
 
     other = threading.Thread(target=take_two)
-    with on_disk(one, small) as path:
+    with on_disk(one, small) as here:
         other.start()
         assert not taken.wait(1.5)  # it waits for the room that the first one takes
-        assert Path(path).exists()
+        assert Path(here.uri).exists()
     assert taken.wait(20)
     other.join()
     assert sorted(os.listdir(folder)) == [".lock", two.source_id]
@@ -260,6 +293,24 @@ def test_a_lost_network_is_a_failure_of_that_source(
     assert row["error"].startswith("cannot be read: ")
     (local,) = segments_of(describe_source(str(film), config))
     assert json.loads(decode(asdict(local))["entry"])["rows"] == 2
+
+
+def test_an_object_that_may_not_be_read_is_a_failed_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forbids(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forbids) as forbids:
+        threading.Thread(target=forbids.serve_forever, daemon=True).start()
+        for name, value in _environment(forbids.server_port).items():
+            monkeypatch.setenv(name, value)
+        locations._bucket.cache_clear()
+        row = describe_source("s3://films/film.mp4", VideoConfig())
+        forbids.shutdown()
+    locations._bucket.cache_clear()
+    assert row["status"] == "failed"
+    assert "ACCESS_DENIED" in row["error"]
 
 
 _JOB = """

@@ -39,7 +39,7 @@ def test_a_generator_runs_to_its_end() -> None:
 def test_a_worker_that_hangs_is_ended_and_what_it_gave_stays() -> None:
     start = time.monotonic()
     with ThreadPoolExecutor() as pool:  # side by side: each takes its whole deadline
-        hanging = [f"{__name__}:{name}" for name in ("_spins", "_stops", "_stops_within_a_row")]
+        hanging = [f"{__name__}:{name}" for name in ("_spins", "_stops", "_stops_within_a_row", "_stops_before_a_row")]
         for rows, error in pool.map(lambda name: run(name, deadline_seconds=8), hanging):
             assert rows == [1, 2]
             assert "not finished after 8 s" in error
@@ -64,10 +64,12 @@ def test_a_worker_that_takes_memory_is_ended_and_what_it_gave_stays() -> None:
         ("av.error.InvalidDataError", worker.WorkerFailed, "Invalid data"),
         ("av.error.OSError", worker.WorkerFailed, "Input/output"),  # FFmpeg's word for much that is damaged
         ("SIGSEGV", worker.WorkerFailed, "crashed .Segmentation fault"),
+        ("SIGSEGV within a row", worker.WorkerFailed, "crashed .Segmentation fault"),
         ("OSError", worker.WorkerLost, "a reason"),
         ("ModuleNotFoundError", worker.WorkerLost, "a reason"),
         ("MemoryError", worker.WorkerLost, "a reason"),
         ("SIGKILL", worker.WorkerLost, "killed from outside"),
+        ("SIGKILL within a row", worker.WorkerLost, "killed from outside"),
         ("SIGTERM", worker.WorkerLost, "code -15"),
     ],
 )
@@ -78,7 +80,7 @@ def test_the_inputs_failures_and_the_machines_are_told_apart(how: str, kind: typ
 
 
 def test_one_process_answers_for_all_items_and_each_failure_is_of_its_own_item(tmp_path: Path) -> None:
-    items = ["a", "SIGABRT", "b", "ValueError", "c", "SIGKILL", "d", "SIGKILL once", "e"]
+    items = ["a", "SIGABRT within a row", "b", "ValueError", "c", "SIGKILL", "d", "SIGKILL once", "e"]
     answers = worker.run_for_each(
         f"{__name__}:_answers", items, str(tmp_path), deadline_seconds=30, seconds=[1] * 9, memory_limit_mb=4000
     )
@@ -106,11 +108,22 @@ def _stops():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def _stops_within_a_row():
+def _stops_before_a_row():
     yield 1
     yield 2
     os.write(int(sys.argv[1]), struct.pack("!i", 1000))  # a row of 1,000 bytes that never come
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _stops_within_a_row():
+    yield 1
+    yield 2
+    _half_a_row()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _half_a_row():
+    os.write(int(sys.argv[1]), struct.pack("!i", 5_000_000) + bytes(2_500_000))
 
 
 def _takes_memory():
@@ -124,7 +137,9 @@ def _takes_memory():
 def _ends(how: str):
     yield 1
     if how.startswith("SIG"):
-        os.kill(os.getpid(), getattr(signal, how))
+        if how.endswith("within a row"):
+            _half_a_row()
+        os.kill(os.getpid(), getattr(signal, how.split()[0]))
         time.sleep(30)
     if how.startswith("av."):
         kind = getattr(av.error, how.rpartition(".")[2])
@@ -141,7 +156,8 @@ def _answers(items: list[str], folder: str):
             if "once" not in item or tried == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
         elif item.startswith("SIG"):
-            os.kill(os.getpid(), getattr(signal, item))
+            _half_a_row()
+            os.kill(os.getpid(), getattr(signal, item.split()[0]))
         elif item.endswith("Error"):
             raise getattr(builtins, item)("a reason")
         yield item
