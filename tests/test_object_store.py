@@ -274,7 +274,7 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_in_use(
         pass
 
 
-def test_a_lost_network_is_a_failure_of_that_source(
+def test_a_source_behind_a_lost_network_is_pending_and_others_are_decoded(
     server: Server, film: Path, config: VideoConfig, tmp_path: Path
 ) -> None:
     uri = server.put(film, "film.mp4")
@@ -289,7 +289,7 @@ def test_a_lost_network_is_a_failure_of_that_source(
     assert entry["source_id"] == segment.source_id
     assert "NETWORK_CONNECTION" in entry["error"]
     row = describe_source(uri, config)
-    assert row["status"] == "failed"
+    assert (entry["status"], row["status"]) == ("pending", "pending")
     assert row["error"].startswith("cannot be read: ")
     (local,) = segments_of(describe_source(str(film), config))
     assert json.loads(decode(asdict(local))["entry"])["rows"] == 2
