@@ -106,7 +106,7 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     progress = Progress("sources", "units of files", len(units))
     opened = [row for row in known.values() if row["segment_starts"] is not None]
     answers: list[Row] = []
-    for answer in run_tasks(tasks.DescribeSources(config, opened), units, config):
+    for answer in run_tasks("sources", tasks.DescribeSources(config, opened), units, config):
         answers += json.loads(answer["json"])
         progress.step()
 

@@ -194,7 +194,7 @@ def test_nothing_is_selected_without_a_source_that_the_machine_did_not_open(
     film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = shutil.copy(film, tmp_path / "film.mp4")
-    monkeypatch.setattr(pipeline, "run_tasks", lambda task, rows, _: (task(row) for row in rows))  # without Ray
+    monkeypatch.setattr(pipeline, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
     with monkeypatch.context() as patch:
         probing_fails(patch, {"film.mp4": "killed"})
         pipeline.add_sources(store, [str(path)], micro())
