@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 
-# How often a task is tried again that Ray ended as the machine was short of memory: that may be another's fault, so it is
+# How often a task is tried again that Ray ended as the machine was short of memory: that may be another's fault, so
 # more often than one that crashes (stage.py), but not without end, Ray's default. Each time it waits longer.
 _TRIES_WITHOUT_MEMORY = 15
 
