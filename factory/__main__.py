@@ -219,12 +219,12 @@ def _status(args: argparse.Namespace) -> int:
     print(status.describe(counts))
     print("settings", *changes(config, micro()) or ["those of preset micro"])
     print("\n".join(status.describe_stale(stale, args.root) or ["stale   nothing"]))
-    _print_next(status.next_verb(counts, stale), args.root)
+    _print_next(status.unfinished(counts, stale), args.root)
     return DONE
 
 
-def _print_next(verb: str | None, root: str) -> None:
-    if verb is not None:
+def _print_next(verbs: list[str], root: str) -> None:
+    for verb in verbs[:1]:
         sources = "SOURCES " if verb == "build" else ""
         print(f"next: python -m factory {verb} {sources}--root {root}", flush=True)
 
@@ -266,9 +266,9 @@ def _run(args: argparse.Namespace) -> int:
             getattr(pipeline, args.verb)(store, config)
     counts = status.funnel(store)
     print(status.describe(counts), flush=True)
-    verb = status.next_verb(counts, status.stale(store, config))
-    _print_next(verb, args.root)
-    if verb is not None and (verb == args.verb or args.verb == "build"):
+    left = status.unfinished(counts, status.stale(store, config))
+    _print_next(left, args.root)
+    if args.verb in left or (args.verb == "build" and left):
         return UNFINISHED
     sources = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
     failed = any(row["status"] in ("failed", "partial") for row in sources if row["source_id"] in built)

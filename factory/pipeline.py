@@ -96,29 +96,30 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     """Describe the files at `paths` (hash, container facts), append the new ones to the sources table.
 
     Return their source_ids. The same bytes under two names are one source; a known one that was moved gets its new
-    path, one that could not be opened is looked at again, one that did not change is not read. So are those, beside
-    `paths`, that the machine could not open: nothing is selected without them.
+    path, one that could not be opened is looked at again, one that did not change is not read. A pending one that the
+    machine did not open is looked at also where it is not among `paths`, and failed when it is gone or another file.
     """
     committer = Committer(store, "sources", every=1)
     known = {row["source_id"]: row for row in store.table("sources").to_table(with_row_address=True).to_pylist()}
-    lost = {row["uri"] for row in known.values() if row["status"] == "pending" and row["segment_starts"] is None}
-    given = set(paths)
-    looked_at = sorted(given | lost)
+    unopened = [row for row in known.values() if row["segment_starts"] is None and row["status"] == "pending"]
+    given, waiting = set(paths), {row["uri"]: row["source_id"] for row in unopened}
+    looked_at = sorted(given | waiting.keys())
     films = [[path] for path in looked_at if not is_picture(path)]
     pictures = in_lots([path for path in looked_at if is_picture(path)], config.video.pictures_per_unit)
     units = [{"uris": uris} for uris in (*films, *pictures)]
     progress = Progress("sources", "units of files", len(units))
     opened = [row for row in known.values() if row["segment_starts"] is not None]
-    answers: list[Row] = []
-    for answer in run_tasks(tasks.DescribeSources(config, opened), units, config):
-        answers += json.loads(answer["json"])
+    answers: dict[str, Row] = {}
+    for answer in run_tasks("sources", tasks.DescribeSources(config, opened), units, config):
+        answers |= {row["uri"]: row for row in json.loads(answer["json"])}
         progress.step()
 
     def rank(row: Row) -> tuple[bool, str]:
         """Of the names of one source, that which it has already goes before the first in the alphabet."""
         return row["uri"] != known.get(row["source_id"], row)["uri"], row["uri"]
 
-    found = {row["source_id"]: row for row in sorted(answers, key=rank, reverse=True)}
+    asked = [row for uri, row in answers.items() if uri in given or waiting[uri] in (row["source_id"], unread_id(uri))]
+    found = {row["source_id"]: row for row in sorted(asked, key=rank, reverse=True)}
     new = [found[key] for key in sorted(found.keys() - known.keys())]
     metrics.count("failures", sum(row["status"] == "failed" for row in new), stage="sources", kind="unopened")
     if new:
@@ -137,10 +138,24 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
         if any(old[name] != now.get(name) for name in names):
             facts = {name: old[name] for name in ("error", *FACTS)} | {name: now.get(name) for name in names}
             changed.append({"source_id": key, "_rowaddr": old["_rowaddr"], **facts})
+    hashed = [row for row in unopened if row["source_id"] != unread_id(row["uri"])]
+    changed += [_lost(row, answers[row["uri"]]) for row in hashed if row["source_id"] not in found]
     update(store, "sources", changed)
-    read = {unread_id(row["uri"]) for row in answers} - found.keys()
+    read = {unread_id(uri) for uri in answers} - found.keys()
     store.remove("sources", read & known.keys())  # they said that the file at this place could not be read
-    return {row["source_id"] for row in answers if row["uri"] in given}
+    return {row["source_id"] for row in asked if row["uri"] in given}
+
+
+def _lost(source: Row, now: Row) -> Row:
+    """Return the change of a source where `now`, which is not it, is what is found at its place.
+
+    It is failed, or pending still where the machine could not look.
+    """
+    unread = now["source_id"] == unread_id(source["uri"])
+    error = now["error"] if unread else "it was replaced by another file before it could be opened"
+    status = now["status"] if unread else "failed"
+    facts = {name: source[name] for name in ("source_id", "_rowaddr", "uri", "collection", "modified_ns", *FACTS)}
+    return facts | {"status": status, "error": error}
 
 
 def record_rights(store: Store, rights: RightsFile) -> None:

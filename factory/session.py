@@ -8,6 +8,10 @@ import math
 import os
 from collections.abc import Iterator
 
+# How often a task is tried again that Ray ended as the machine was short of memory: that may be another's fault, so
+# more often than one that crashes (stage.py), but not without end, Ray's default. Each time it waits longer.
+_TRIES_WITHOUT_MEMORY = 15
+
 
 @contextlib.contextmanager
 def ray_session(num_cpus: float = 2) -> Iterator[None]:
@@ -20,6 +24,7 @@ def ray_session(num_cpus: float = 2) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_task_oom_retries", str(_TRIES_WITHOUT_MEMORY))
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:

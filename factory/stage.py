@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+import reprlib
 import time
+import traceback
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from factory import metrics
 from factory.committer import Committer
 from factory.config import FactoryConfig
-from factory.store import Store
+from factory.store import NotFinished, Store
+from factory.worker import ATTEMPTS
 
 Row = dict[str, Any]
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5
+_UNITS_TOLD = 5  # by name, of those that have no answer
 
 
 class Measure(NamedTuple):
@@ -42,23 +49,28 @@ def run(
     """Run `task` over `rows`, hand each entry to the committer as it comes, and publish all of them.
 
     Each row has, beside what the task reads, its `amount` of work by `measure`. Return the errors: answers that are
-    one, and those that are in an answer as `unread`. What they stand for is not done.
+    one, and those that are in an answer as `unread`. What they stand for is not done. Raises NotFinished where units
+    have no answer (run_tasks), after the others are published.
     """
     progress = Progress(stage, noun, len(rows), measure.words, sum(row["amount"] for row in rows))
     failures: list[Row] = []
-    for answer in run_tasks(_measured(task), rows, config):
-        entry = json.loads(answer["entry"])
-        failed = [entry] if "error" in entry else entry.pop("unread", [])
-        failures += failed
-        metrics.count("failures", len(failed), stage=stage, kind="unfinished")
-        if "unit" in entry:
-            committer.add(entry)
-            metrics.count(measure.counter, answer["amount"], stage=stage)
-            metrics.count("rows", entry["rows"], stage=stage)
-            metrics.count("written_bytes", sum(entry["files"].values()), stage=stage)
-        metrics.count("units", stage=stage)
-        metrics.count("stage_seconds", answer["seconds"], stage=stage)
-        progress.step(answer["amount"], rows=entry.get("rows", 0), failed=len(failed))
+    try:
+        for answer in run_tasks(stage, _measured(task), rows, config):
+            entry = json.loads(answer["entry"])
+            failed = [entry] if "error" in entry else entry.pop("unread", [])
+            failures += failed
+            metrics.count("failures", len(failed), stage=stage, kind="unfinished")
+            if "unit" in entry:
+                committer.add(entry)
+                metrics.count(measure.counter, answer["amount"], stage=stage)
+                metrics.count("rows", entry["rows"], stage=stage)
+                metrics.count("written_bytes", sum(entry["files"].values()), stage=stage)
+            metrics.count("units", stage=stage)
+            metrics.count("stage_seconds", answer["seconds"], stage=stage)
+            progress.step(answer["amount"], rows=entry.get("rows", 0), failed=len(failed))
+    except NotFinished:
+        committer.flush()
+        raise
     committer.flush()
     return failures
 
@@ -71,23 +83,67 @@ def _measured(task: Callable) -> Callable[[Row], Row]:
         amount = row.pop("amount")
         return {**task(row), "amount": amount, "seconds": time.monotonic() - begun}
 
-    measured.__name__ = getattr(task, "__name__", type(task).__name__)  # Ray's dashboard shows it
+    measured.__name__ = _name(task)
     return measured
 
 
-def run_tasks(task: Callable, rows: list[Row], config: FactoryConfig) -> Iterator[Row]:
-    """Yield task(row) for all rows, one Ray task each, as they are done."""
+def run_tasks(stage: str, task: Callable, rows: list[Row], config: FactoryConfig) -> Iterator[Row]:
+    """Yield task(row) for all rows, one Ray task each, as they are done. What a task raises is raised at once.
+
+    A task whose worker process dies is tried ATTEMPTS times, and more often where it was Ray that ended it for want of
+    memory (session.py). Raises NotFinished, after the answers to all other rows, where some have none even so.
+    """
     import ray.data
+    from ray.exceptions import RayTaskError
+    from ray.util.annotations import RayDeprecationWarning
 
     if not rows:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print their own
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # the command says what happened, in the task's own words
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, too
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(task, num_cpus=config.num_cpus)
-    yield from data.iter_rows()
+    context.max_errored_blocks = -1  # a worker that dies takes no other's answer along
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # how it died
+    numbered = [row | {"number": number} for number, row in enumerate(rows)]
+    data = ray.data.from_items(numbered, override_num_blocks=len(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # ray 2.60 has no other way to bound the attempts
+        answers = data.map(_answering(task), num_cpus=config.num_cpus, max_retries=ATTEMPTS - 1)
+    missing = dict(enumerate(rows))
+    for answer in answers.iter_rows():
+        if answer["raised"]:
+            error = RayTaskError.from_bytes(answer["raised"])
+            raise error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+        del missing[answer["number"]]
+        yield pickle.loads(answer["answer"])
+    if missing:
+        units = "".join(f"\n  {reprlib.repr(row)}" for row in islice(missing.values(), _UNITS_TOLD))
+        raise NotFinished(
+            f"{stage}: {len(missing)} of {len(rows)} units of work have no answer, their workers died each time "
+            "(a crash, or too little memory; Ray's words are above). The others are done, and what was committed is "
+            f"kept. Run the same command again; where memory is short, with --set num_cpus=2.{units}"
+        )
+
+
+def _answering(task: Callable) -> Callable[[Row], Row]:
+    """Return `task` with an answer that has the `number` of its row, and beside it what the task gave or raised."""
+
+    def answering(row: Row) -> Row:
+        from ray.exceptions import RayTaskError
+
+        number = row.pop("number")
+        try:
+            return {"number": number, "answer": pickle.dumps(task(row)), "raised": b""}
+        except Exception as error:  # told from a worker that died: that has no answer
+            raised = RayTaskError(_name(task), traceback.format_exc(), error).to_bytes()
+            return {"number": number, "answer": b"", "raised": raised}
+
+    answering.__name__ = _name(task)  # Ray's dashboard shows it
+    return answering
+
+
+def _name(task: Callable) -> str:
+    return getattr(task, "__name__", type(task).__name__)
 
 
 def in_lots(items: list[T], size: int) -> list[list[T]]:

@@ -106,12 +106,12 @@ def describe_stale(rows: Stale, root: str) -> list[str]:
     return lines
 
 
-def next_verb(counts: dict[str, Any], rows: Stale) -> str | None:
-    """Return the command that does what is missing or stale first, or None when nothing is."""
-    if counts["sources"].get("pending"):
-        return "build"
-    if counts["undecided"] or rows["select"] or counts["samples"] < counts["kept"]:
-        return "select"
-    if counts["sketched"] < counts["samples"] or rows["sketch"]:
-        return "sketch"
-    return "caption" if counts["captioned"] < counts["samples"] or rows["caption"] else None
+def unfinished(counts: dict[str, Any], rows: Stale) -> list[str]:
+    """Return the commands, in the order to give them, of which each would do something that is missing or stale."""
+    left = {
+        "build": counts["sources"].get("pending"),
+        "select": counts["undecided"] or rows["select"] or counts["samples"] < counts["kept"],
+        "sketch": counts["sketched"] < counts["samples"] or rows["sketch"],
+        "caption": counts["captioned"] < counts["samples"] or rows["caption"],
+    }
+    return [verb for verb, something in left.items() if something]

@@ -148,7 +148,7 @@ def test_a_film_that_moved_goes_on_where_it_is_now(
         patch.setattr(pipeline, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(store, find_sources([str(folder)]), _config())
-    assert status.next_verb(status.funnel(store), status.stale(store, _config())) == "build"
+    assert status.unfinished(status.funnel(store), status.stale(store, _config())) == ["build"]
     folder.rename(tmp_path / "moved")
     assert main(["select", "--root", str(root)]) == UNFINISHED
     pipeline.build(store, find_sources([str(tmp_path / "moved")]), _config())
@@ -233,9 +233,13 @@ def test_a_damaged_picture_is_named_and_its_neighbours_go_on(
         row["frame_id"]: 480 if row["frame_id"] == damaged else 240 for row in _rows(store)
     }
     assert len(_rows(store)) > 5
+    captions = ["caption", "--root", str(root), "--set", "caption.model=rule:colours-1"]
+    assert main(captions) == UNFINISHED  # though the sketch comes next
+    assert capsys.readouterr().out.endswith(f"next: python -m factory sketch --root {root}\n")
     file.write_bytes(whole)
-    assert main(command) == 0
+    assert main(command) == 0  # its own part is done, though a caption is not
     assert {row["sketch_width"] for row in _rows(store)} == {240}
+    assert main(captions) == 0
 
 
 def test_a_damaged_candidate_is_not_passed_on_and_its_neighbours_are(

@@ -22,6 +22,7 @@ from factory.sources import describe_source, segments_of
 from factory.store import NotFinished, Store
 from factory.video import Segment, VideoConfig
 from tests.conftest import REPO
+from tests.footage import patterns, write_film
 from tests.test_worker import _spins
 
 
@@ -342,7 +343,7 @@ def test_nothing_is_selected_without_a_source_that_the_machine_did_not_open(
     film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = shutil.copy(film, tmp_path / "film.mp4")
-    monkeypatch.setattr(pipeline, "run_tasks", lambda task, rows, _: (task(row) for row in rows))  # without Ray
+    monkeypatch.setattr(pipeline, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
     with monkeypatch.context() as patch:
         probing_fails(patch, {"film.mp4": "killed"})
         pipeline.add_sources(store, [str(path)], micro())
@@ -351,3 +352,53 @@ def test_nothing_is_selected_without_a_source_that_the_machine_did_not_open(
     pipeline.add_sources(store, [str(path)], micro())
     (row,) = store.table("sources").to_table(columns=["status", "error", "segment_starts"]).to_pylist()
     assert row == {"status": "pending", "error": None, "segment_starts": [0.0]}
+
+
+@pytest.mark.parametrize(
+    ("fate", "error"),
+    [
+        ("gone", "cannot be read: No such file or directory"),
+        ("replaced", "it was replaced by another file before it could be opened"),
+    ],
+)
+def test_a_source_that_was_never_opened_and_is_no_more_holds_nothing_up(
+    fate: str, error: str, film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Path(shutil.copy(film, tmp_path / "lost.mp4"))
+    other = write_film(tmp_path / "other.mp4", patterns(1, 12))
+    monkeypatch.setattr(pipeline, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
+    with monkeypatch.context() as patch:
+        probing_fails(patch, {"lost.mp4": "killed"})
+        pipeline.add_sources(store, [str(lost)], micro())
+        of_other = pipeline.add_sources(store, [str(other)], micro())  # the lost one is tried again, and killed again
+    assert _told(store) == {str(lost): ("pending", None), str(other): ("pending", [0.0])}
+    if fate == "gone":
+        lost.unlink()
+    else:
+        write_film(lost, patterns(2, 6))
+    assert pipeline.add_sources(store, [str(other)], micro()) == of_other
+    assert _told(store) == {str(lost): ("failed", None), str(other): ("pending", [0.0])}
+    (row,) = store.table("sources").to_table(columns=["error"], filter="status = 'failed'").to_pylist()
+    assert row["error"] == error
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_source_that_the_machine_did_not_open_is_opened_by_the_next_build_of_others(
+    moved: bool, film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = tmp_path / "film.mp4", tmp_path / "moved.mp4"
+    shutil.copy(film, before)
+    monkeypatch.setattr(pipeline, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
+    with monkeypatch.context() as patch:
+        probing_fails(patch, {"film.mp4": "killed"})
+        pipeline.add_sources(store, [str(before)], micro())
+    if moved:
+        before.rename(after)
+    pipeline.add_sources(store, [str(after)] if moved else [], micro())
+    assert _told(store) == {str(after if moved else before): ("pending", [0.0])}
+
+
+def _told(store: Store) -> dict[str, tuple[str, list[float] | None]]:
+    """Status and segment starts of each source, by its uri."""
+    rows = store.table("sources").to_table(columns=["uri", "status", "segment_starts"]).to_pylist()
+    return {row["uri"]: (row["status"], row["segment_starts"]) for row in rows}

@@ -15,7 +15,9 @@ from factory.committer import Committer
 from factory.config import micro
 from factory.models import find_model
 from factory.stage import PICTURES, Progress, clock
-from factory.store import Store
+from factory.store import DamagedData, NotFinished, Store
+from factory.worker import ATTEMPTS
+from tests import killing
 
 
 def test_progress_tells_counts_speed_and_time_left_in_whole_lines(
@@ -59,6 +61,37 @@ def test_counters_follow_prometheus_conventions() -> None:
         assert re.fullmatch(r"animesketch_factory_[a-z_]+_total", name)
     with pytest.raises(KeyError):
         metrics.count("frames_per_minute", 1)
+
+
+def test_a_unit_whose_worker_always_dies_is_named_and_the_others_are_published(
+    ray_session: str, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path / "root"))
+    store.create()
+
+    def task(row: dict) -> dict:
+        if row["edit"] == "bad":
+            with open(tmp_path / "attempts", "a") as file:
+                file.write("x")
+            killing.die()
+        return {
+            "entry": json.dumps(store.write_unit("edits", row["edit"], [{"edit_id": row["edit"], "frame_id": "f"}]))
+        }
+
+    rows = [{"edit": name, "amount": 1} for name in ("bad", "one", "two")]
+    with pytest.raises(NotFinished, match=r"(?s)^tried: 1 of 3 units .* again.*\n  \{.*'edit': 'bad'"):
+        stage.run("tried", "edits", PICTURES, task, rows, Committer(store, "edits", every=8), micro())
+    assert (tmp_path / "attempts").read_text() == "x" * ATTEMPTS
+    assert store.committed_units("edits") == {"one", "two"}
+
+
+def test_what_a_task_raises_is_raised_in_its_own_words(ray_session: str) -> None:
+    def task(row: dict) -> dict:
+        raise DamagedData(f"no {row['picture']} here")
+
+    with pytest.raises(DamagedData, match="no cat here") as raised:
+        list(stage.run_tasks("tried", task, [{"picture": "cat"}], micro()))
+    assert str(getattr(raised.value, "cause", None)) == "no cat here"
 
 
 def test_what_a_stage_did_is_counted(ray_session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
