@@ -326,7 +326,7 @@ def test_what_the_machine_could_not_open_is_looked_at_by_any_build_that_follows(
     film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost, other = shutil.copy(film, tmp_path / "lost.mp4"), shutil.copy(REPO / "docs/demo.jpg", tmp_path / "b.jpg")
-    monkeypatch.setattr(pipeline, "run_tasks", lambda task, rows, _: (task(row) for row in rows))  # without Ray
+    monkeypatch.setattr(pipeline, "run_tasks", lambda stage, task, rows, _: (task(row) for row in rows))  # without Ray
     with monkeypatch.context() as patch:
         _breaks(patch, sources, worker.ATTEMPTS)
         pipeline.add_sources(store, [str(lost)], micro())
