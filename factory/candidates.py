@@ -24,21 +24,25 @@ from factory.picture import encode_jpeg
 from factory.schema import frame_id
 from factory.scores import scores
 from factory.shots import Shot, find_shots
-from factory.timeline import timeline_of
+from factory.timeline import Timeline, read_timeline
 from factory.video import Segment, VideoConfig
 
 
-def candidate_frames(segment: Segment, config: VideoConfig, in_order: bool = False) -> Iterator[dict[str, Any]]:
+def candidate_frames(
+    segment: Segment, config: VideoConfig, in_order: bool = False, timeline: Timeline | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the `candidates` rows of `segment` in order of time.
 
     They are the best frame of each shot that starts in it, or with `config.frames` its key frames, or the first frame
     of each interval; each of those is a shot of its own. Raises RuntimeError where the file stops being readable; the
     rows yielded before stay good. Decord reads ahead in a thread of its own, so how much of a damaged file it gives
     before the error is chance; with `in_order` PyAV reads it, which gives all that comes before, each time.
+    Without the film's `timeline` it is read here.
     """
     cv2.setNumThreads(1)
-    frames = decode_in_order if in_order else decode
-    row = functools.partial(_row, segment, config, timeline_of(segment, config).bars)
+    timeline = timeline or read_timeline(segment.uri)
+    frames = functools.partial(decode_in_order if in_order else decode, timeline=timeline)
+    row = functools.partial(_row, segment, config, timeline.bars)
     if config.frames == "shots":
         for shot in _shots(segment, config, frames):
             if shot.start >= segment.start:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from factory.sources import film_stream, open_film
-from factory.timeline import picture, square, timeline_of
+from factory.timeline import Timeline, picture, read_timeline, square
 from factory.video import REMUX, Segment, VideoConfig
 
 Decoded = tuple[int, float, np.ndarray]  # index, timestamp s, RGB frame H,W,3 uint8
@@ -47,12 +47,12 @@ class Film:
     for_decord: bool
 
 
-def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+def decode(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Iterator[Decoded]:
     """Yield the frames that the segment's candidates are chosen from, in order, upright and with square pixels.
 
-    Raises RuntimeError where the file can't be read on.
+    Without the film's `timeline` it is read here. Raises RuntimeError where the file can't be read on.
     """
-    film = _film(segment, config)
+    film = _film(segment, config, timeline)
     if not film.wanted:
         return iter(())
     if not film.for_decord:
@@ -66,16 +66,16 @@ def decode(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
         return _by_decord(film, segment, config)
 
 
-def decode_in_order(segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
+def decode_in_order(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Iterator[Decoded]:
     """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read."""
-    film = _film(segment, config)
+    film = _film(segment, config, timeline)
     return _by_av(film, segment, config) if film.wanted else iter(())
 
 
-def _film(segment: Segment, config: VideoConfig) -> Film:
+def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Film:
     from av.error import FFmpegError
 
-    timeline = timeline_of(segment, config)
+    timeline = timeline or read_timeline(segment.uri)
     times, keys = timeline.times, timeline.keys
     if np.any(np.diff(times) <= 0):
         raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")

@@ -20,6 +20,7 @@ FACTS = ("container", "codec", "width", "height", "fps", "start_time", "duration
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 # Demuxers of FFmpeg's that films may need; those of playlists, which open other files and addresses, are left out.
 FORMATS = ("mov", "matroska", "avi", "flv", "gif", "asf", "ogg", "ivf", "nut", "mxf", "rm", "mpegts", "mpeg")
+READ_BYTES_PER_SECOND = 2e6  # at least: all of a film's packets are read, from an object store too
 _BUFFER = 4 << 20  # bytes read at once: few requests where the film is in an object store
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
 TO_SDR = (

@@ -19,14 +19,14 @@ from factory.fetch import check_unchanged, on_disk, unread
 from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg
 from factory.sketch import engine, tone
-from factory.sources import identify, unopened
+from factory.sources import READ_BYTES_PER_SECOND, identify, unopened
 from factory.split import split_of
 from factory.store import DamagedData, Store
+from factory.timeline import timeline_of
 from factory.video import Segment
 
 _TRAINING_SIDE = 1024  # long side of training_sketch, pixels
 _THUMBNAIL_HEIGHT = 180  # pixels
-_PROBED_BYTES_PER_SECOND = 2e6  # at least: all of a film's packets are read, from an object store too
 
 
 class DescribeSources:
@@ -57,7 +57,7 @@ class DescribeSources:
             [source["uri"] for source in sources],
             config,
             deadline_seconds=config.deadline_seconds,
-            seconds=[source["size_bytes"] / _PROBED_BYTES_PER_SECOND for source in sources],
+            seconds=[source["size_bytes"] / READ_BYTES_PER_SECOND for source in sources],
             memory_limit_mb=config.memory_limit_mb,
         )
         for source, answer in zip(sources, answers, strict=True):
@@ -127,7 +127,8 @@ class DecodeSegment:
     def _rows(self, segment: Segment, *, in_order: bool) -> Iterator[dict[str, Any]]:
         config = self._config.video
         deadline = config.deadline_seconds + config.deadline_per_second * (segment.end - segment.start)
-        frames = ("factory.candidates:candidate_frames", segment, config, in_order)
+        timeline = timeline_of(segment, config)  # the deadline begins when it is there
+        frames = ("factory.candidates:candidate_frames", segment, config, in_order, timeline)
         limits = {"deadline_seconds": deadline, "memory_limit_mb": config.memory_limit_mb}
         for candidate in worker.run_killable(*frames, **limits):
             yield candidate | {"decode_fingerprint": self._fingerprint}

@@ -20,6 +20,7 @@ from factory import candidates, locations, pipeline, settings, sources, tasks, w
 from factory.config import micro
 from factory.sources import describe_source, segments_of
 from factory.store import NotFinished, Store
+from factory.timeline import Timeline
 from factory.video import Segment, VideoConfig
 from tests.conftest import REPO
 from tests.footage import patterns, write_film
@@ -57,12 +58,18 @@ def decoded(
 
 
 def _fails(
-    failure: str, decoders: str, notes: str, segment: Segment, config: VideoConfig, in_order: bool
+    failure: str,
+    decoders: str,
+    notes: str,
+    segment: Segment,
+    config: VideoConfig,
+    in_order: bool,
+    timeline: Timeline,
 ) -> Iterator[dict[str, Any]]:
     decoder = "again" if in_order else "first"
     with open(notes, "a") as file:
         file.write(f"{decoder}\n")
-    rows = candidates.candidate_frames(segment, config, in_order)
+    rows = candidates.candidate_frames(segment, config, in_order, timeline)
     if decoder in decoders.split():
         yield next(rows)
         held = [os.urandom(1_000_000) * 700] if failure == "memory" else []
