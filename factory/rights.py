@@ -9,7 +9,7 @@ from typing import Any
 
 from fsspec.utils import glob_translate
 
-from factory.locations import is_remote, open_binary, path_of
+from factory.locations import SourceGone, is_remote, open_binary, path_of
 from factory.settings import STRICT, NothingThere, UsageError, layered, parse_yaml
 
 
@@ -39,7 +39,7 @@ class RightsFile:
         try:
             with open_binary(location) as file:
                 text = file.read().decode(errors="replace")
-        except FileNotFoundError as error:
+        except SourceGone as error:
             raise NothingThere(f"No sources file {location}: {error.strerror or error}.") from None
         entries = parse_yaml(text, f"Sources file {location}")
         if not isinstance(entries, Mapping):

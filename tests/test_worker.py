@@ -53,7 +53,7 @@ def test_a_worker_that_takes_memory_is_ended_and_what_it_gave_stays() -> None:
     assert 0 < len(rows) < 30
     assert re.match(r"held \d+ MB of memory, more than video.memory_limit_mb=300", error)
     held = int(error.split()[1])
-    assert 300 < held < 1500
+    assert 300 <= held < 1500
     assert time.monotonic() - start < 20
 
 
