@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from factory.extent import bytes_missing
+from factory.locations import open_binary
 from factory.sources import film_stream, open_film
 from factory.timeline import Timeline, picture, read_timeline, square
 from factory.video import REMUX, Segment, VideoConfig
@@ -45,6 +47,7 @@ class Film:
     pixel_aspect: Fraction  # width of a pixel by its height
     interlaced: bool
     for_decord: bool
+    bytes_missing: int  # at the end of the file, where the segment is the last one
 
 
 def decode(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Iterator[Decoded]:
@@ -53,8 +56,22 @@ def decode(segment: Segment, config: VideoConfig, timeline: Timeline | None = No
     Without the film's `timeline` it is read here. Raises RuntimeError where the file can't be read on.
     """
     film = _film(segment, config, timeline)
-    if not film.wanted:
-        return iter(())
+    return _to_its_end(film, _by_either(film, segment, config) if film.wanted else iter(()))
+
+
+def decode_in_order(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Iterator[Decoded]:
+    """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read."""
+    film = _film(segment, config, timeline)
+    return _to_its_end(film, _by_av(film, segment, config) if film.wanted else iter(()))
+
+
+def _to_its_end(film: Film, frames: Iterator[Decoded]) -> Iterator[Decoded]:
+    yield from frames
+    if film.bytes_missing:
+        raise RuntimeError(f"the file ends here, {film.bytes_missing} bytes before the end that its header states")
+
+
+def _by_either(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decoded]:
     if not film.for_decord:
         return _by_av(film, segment, config)
     if config.frames == "interval":
@@ -64,12 +81,6 @@ def decode(segment: Segment, config: VideoConfig, timeline: Timeline | None = No
         return chain(list(islice(frames, max(1, min(_REORDERED, _at_once(film))))), frames)
     except OutOfOrder:  # an AVI's, copied into another container: Decord asks for no more than their number
         return _by_decord(film, segment, config)
-
-
-def decode_in_order(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Iterator[Decoded]:
-    """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read."""
-    film = _film(segment, config, timeline)
-    return _by_av(film, segment, config) if film.wanted else iter(())
 
 
 def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Film:
@@ -88,6 +99,9 @@ def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = Non
             frame = next(container.decode(stream))
         except (FFmpegError, StopIteration) as error:
             raise RuntimeError(f"not one frame can be decoded: {getattr(error, 'strerror', 'the end')}") from error
+        is_last = segment.end > times[-1] - times[0]
+        with open_binary(segment.uri) as file:
+            missing = bytes_missing(file, container.format.name) if is_last else 0
         return Film(
             times=times,
             wanted=wanted,
@@ -98,6 +112,7 @@ def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = Non
             for_decord=_is_for_decord(
                 container.format.name, frame, unseen=timeline.unseen, interlaced=timeline.interlaced
             ),
+            bytes_missing=missing,
         )
 
 

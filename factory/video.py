@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from factory.settings import STRICT
 
-VERSION = "5"  # raised when the same file would give other candidates
+VERSION = "6"  # raised when the same file would give other candidates
 # Settings that change how the work is done, not what comes out of it.
 RUNTIME_ONLY = (
     "segment_seconds",

@@ -47,6 +47,14 @@ def cut(share: float, **options: object) -> Maker:
     return make
 
 
+def cut_between_frames(path: Path) -> None:
+    """Only the file's length says that frames are missing."""
+    data = write_film(path, FRAMES, **INDEX_FIRST).read_bytes()  # type: ignore[arg-type]
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        path.write_bytes(data[: packets[47].pos + packets[47].size])
+
+
 def flipped(at: float, count: int, **options: object) -> Maker:
     """The bytes `at` a share of the file are not what they were."""
 
@@ -118,7 +126,16 @@ CASES: dict[str, tuple[Maker, str, str]] = {
     "cut-at-20.mp4": (cut(0.2, **INDEX_FIRST), "partial|failed", r"after 0\.\d\d s, decode: Invalid data"),
     "cut-at-60.mp4": (cut(0.6, **INDEX_FIRST), "partial", r"after [12]\.\d\d s, decode: Invalid data"),
     "cut-at-95.mp4": (cut(0.95, **INDEX_FIRST), "partial", r"after 3\.\d\d s, decode: Invalid data"),
-    "cut.mkv": (cut(0.6), "ok", ""),
+    "cut.mkv": (
+        cut(0.6),
+        "partial",
+        r"after [12]\.\d\d s, decode: (the file ends here|Invalid)",
+    ),
+    "cut-between-frames.mp4": (
+        cut_between_frames,
+        "partial",
+        r"after 1\.\d\d s, decode: the file ends here, \d+ bytes",
+    ),
     "cut.ts": (cut(0.6), "ok", ""),
     "flipped.mp4": (flipped(0.5, 400, **INDEX_FIRST), "partial", r"after [12]\.\d\d s, decode: "),
     "flipped.ts": (flipped(0.5, 400), "partial", r"after [12]\.\d\d s, decode: a frame is damaged"),
