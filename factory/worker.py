@@ -51,15 +51,19 @@ def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limi
     """
     ours, theirs = Pipe()
     with tempfile.TemporaryFile() as words:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "factory.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=words,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-        )
-        theirs.close()
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "factory.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+            )
+        except OSError as error:
+            raise WorkerLost(f"no process could be started: {error.strerror}") from error
+        finally:
+            theirs.close()
         watch = _Watch(child, deadline_seconds, memory_limit_mb)
         watch.start()
         try:
@@ -84,7 +88,8 @@ def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limi
                     raise WorkerFailed(value)
                 if kind == "machine":
                     raise WorkerLost(value)
-                yield value
+                with watch.paused():  # what the caller does with it is not the generator's time
+                    yield value
         finally:
             watch.stop()
             child.kill()
@@ -153,11 +158,12 @@ class _Watch(threading.Thread):
     def __init__(self, child: subprocess.Popen[bytes], deadline_seconds: float, memory_limit_mb: int) -> None:
         super().__init__(daemon=True)
         self._child, self._deadline, self._limit = child, deadline_seconds, memory_limit_mb
+        self._end = time.monotonic() + deadline_seconds
+        self._paused = False
         self._stopped = threading.Event()
         self.reason = ""
 
     def run(self) -> None:
-        end = time.monotonic() + self._deadline
         while not self.reason and not self._stopped.wait(_POLL_SECONDS):
             resident = _resident_mb(self._child.pid)
             if resident > self._limit:
@@ -165,13 +171,22 @@ class _Watch(threading.Thread):
                     f"held {resident:.0f} MB of memory, more than video.memory_limit_mb={self._limit}: the process was "
                     f"ended. Allow it more: --set video.memory_limit_mb={2 * self._limit}"
                 )
-            elif time.monotonic() > end:
+            elif not self._paused and time.monotonic() > self._end:
                 self.reason = (
                     f"not finished after {self._deadline:g} s: the process was ended. Allow it more: "
                     f"--set video.deadline_seconds={2 * self._deadline:g}"
                 )
         if self.reason:
             self._child.kill()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the time within the block not count."""
+        begun = time.monotonic()
+        self._paused = True
+        yield
+        self._end += time.monotonic() - begun
+        self._paused = False
 
     def stop(self) -> None:
         """Look no more: from here on the process's number may be another's."""

@@ -47,6 +47,23 @@ def test_a_worker_that_hangs_is_ended_and_what_it_gave_stays() -> None:
     assert time.monotonic() - start < 16
 
 
+def test_the_callers_time_is_not_the_workers() -> None:
+    found = []
+    for row in worker.run_killable(f"{__name__}:_waits_for_its_reader", deadline_seconds=4, memory_limit_mb=4000):
+        found.append(len(row))
+        time.sleep(1.5)
+    assert found == [1 << 20] * 4
+
+
+def test_a_machine_that_starts_no_process_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(worker.subprocess, "Popen", no_process)
+    with pytest.raises(worker.WorkerLost, match="no process could be started: Resource temporarily"):
+        list(worker.run_killable(f"{__name__}:_counts", 3, deadline_seconds=4, memory_limit_mb=4000))
+
+
 def test_a_worker_that_takes_memory_is_ended_and_what_it_gave_stays() -> None:
     start = time.monotonic()
     rows, error = run(f"{__name__}:_takes_memory", memory_limit_mb=300)
@@ -93,6 +110,11 @@ def test_one_process_answers_for_all_items_and_each_failure_is_of_its_own_item(t
 
 def _counts(count: int):
     yield from range(count)
+
+
+def _waits_for_its_reader():
+    for _ in range(4):
+        yield bytes(1 << 20)  # more than a pipe holds
 
 
 def _spins():
