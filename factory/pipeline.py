@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -20,6 +20,8 @@ from factory.sources import FACTS, is_picture, segments_of, unread_id
 from factory.stage import FILM, PICTURES, Progress, Row, in_lots, run, run_tasks, update
 from factory.store import NotFinished, Store
 from factory.video import Segment
+
+_UNITS_PER_LOT = 128  # units of files that are described before their sources are committed
 
 
 def build(store: Store, paths: list[str], config: FactoryConfig, rights: RightsFile | None = None) -> set[str]:
@@ -98,9 +100,9 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     Return their source_ids. The same bytes under two names are one source; a known one that was moved gets its new
     path, one that could not be opened is looked at again, one that did not change is not read. A pending one that the
     machine did not open is looked at also where it is not among `paths`, and failed when it is gone or another file.
+    New ones are committed by the lot: a crash costs the last one.
     """
-    committer = Committer(store, "sources", every=1)
-    known = {row["source_id"]: row for row in store.table("sources").to_table(with_row_address=True).to_pylist()}
+    committer, known = Committer(store, "sources", every=1), _known_sources(store)
     unopened = [row for row in known.values() if row["segment_starts"] is None and row["status"] == "pending"]
     given, waiting = set(paths), {row["uri"]: row["source_id"] for row in unopened}
     looked_at = sorted(given | waiting.keys())
@@ -109,24 +111,24 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     units = [{"uris": uris} for uris in (*films, *pictures)]
     progress = Progress("sources", "units of files", len(units))
     opened = [row for row in known.values() if row["segment_starts"] is not None]
+    task = tasks.DescribeSources(config, opened)
     answers: dict[str, Row] = {}
-    for answer in run_tasks("sources", tasks.DescribeSources(config, opened), units, config):
-        answers |= {row["uri"]: row for row in json.loads(answer["json"])}
-        progress.step()
+    asked: list[Row] = []
 
     def rank(row: Row) -> tuple[bool, str]:
         """Of the names of one source, that which it has already goes before the first in the alphabet."""
         return row["uri"] != known.get(row["source_id"], row)["uri"], row["uri"]
 
-    asked = [row for uri, row in answers.items() if uri in given or waiting[uri] in (row["source_id"], unread_id(uri))]
+    for lot in in_lots(units, _UNITS_PER_LOT):
+        for answer in run_tasks("sources", task, lot, config):
+            answers |= {row["uri"]: row for row in json.loads(answer["json"])}
+            progress.step()
+        asked = [
+            row for uri, row in answers.items() if uri in given or waiting[uri] in (row["source_id"], unread_id(uri))
+        ]
+        _append_sources(store, committer, sorted(asked, key=rank), known.keys())
+        known = _known_sources(store)
     found = {row["source_id"]: row for row in sorted(asked, key=rank, reverse=True)}
-    new = [found[key] for key in sorted(found.keys() - known.keys())]
-    metrics.count("failures", sum(row["status"] == "failed" for row in new), stage="sources", kind="unopened")
-    if new:
-        # named by the version too: a source that was removed may come again
-        version = store.table("sources").version
-        unit = tasks.unit(f"sources-{version}", [row["source_id"] for row in new])
-        committer.add(store.write_unit("sources", unit, new))
     changed = []
     for key in sorted(found.keys() & known.keys()):
         old, now = known[key], found[key]
@@ -144,6 +146,23 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     read = {unread_id(uri) for uri in answers} - found.keys()
     store.remove("sources", read & known.keys())  # they said that the file at this place could not be read
     return {row["source_id"] for row in asked if row["uri"] in given}
+
+
+def _known_sources(store: Store) -> dict[str, Row]:
+    rows = store.table("sources").to_table(with_row_address=True).to_pylist()
+    return {row["source_id"]: row for row in rows}
+
+
+def _append_sources(store: Store, committer: Committer, rows: list[Row], known: Collection[str]) -> None:
+    """Append to the sources table those of `rows` that are not `known`; of two names of one source the first."""
+    first = {row["source_id"]: row for row in reversed(rows)}
+    new = [first[key] for key in sorted(first.keys() - set(known))]
+    metrics.count("failures", sum(row["status"] == "failed" for row in new), stage="sources", kind="unopened")
+    if new:
+        # named by the version too: a source that was removed may come again
+        version = store.table("sources").version
+        unit = tasks.unit(f"sources-{version}", [row["source_id"] for row in new])
+        committer.add(store.write_unit("sources", unit, new))
 
 
 def _lost(source: Row, now: Row) -> Row:

@@ -282,6 +282,43 @@ def test_a_source_that_comes_and_goes_is_always_in_the_table(ray_session: str, f
         assert {row["source_id"]: row["status"] for row in found}[built.pop()] == ("pending" if there else "failed")
 
 
+def test_sources_of_the_lots_before_a_crash_are_not_read_again(
+    ray_session: str, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for name, count in (("a.mp4", 3), ("b.mp4", 4), ("c.mp4", 3), ("d.mp4", 5), ("e.mp4", 6)):  # a and c are alike
+        write_film(folder / name, patterns(count, 4))
+    shutil.copy(folder / "a.mp4", folder / "c.mp4")
+    whole, store = Store(str(tmp_path / "whole")), Store(str(tmp_path / "root"))
+    whole.create()
+    store.create()
+    pipeline.add_sources(whole, find_sources([str(folder)]), _config())
+    monkeypatch.setattr(pipeline, "_UNITS_PER_LOT", 2)
+    run_tasks, lots = pipeline.run_tasks, []
+
+    def crashing(stage: str, task: Any, rows: list[Any], *args: Any) -> Iterator[Any]:
+        lots.append([Path(row["uris"][0]).name for row in rows])
+        if len(lots) == 2:
+            raise KeyboardInterrupt
+        return run_tasks(stage, task, rows, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_tasks", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.add_sources(store, find_sources([str(folder)]), _config())
+    assert lots == [["a.mp4", "b.mp4"], ["c.mp4", "d.mp4"]]
+    for name in ("a.mp4", "b.mp4"):  # whoever reads one of them finds another source
+        path = folder / name
+        found = path.stat()
+        path.write_bytes(bytes(found.st_size))
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    pipeline.add_sources(store, find_sources([str(folder)]), _config())
+    rows, expected = (s.table("sources").to_table().sort_by("source_id").to_pylist() for s in (store, whole))
+    assert rows == expected
+    assert sorted(Path(row["uri"]).name for row in rows) == ["a.mp4", "b.mp4", "d.mp4", "e.mp4"]
+
+
 def test_one_source_more_than_fifty_is_the_only_one_that_is_read_and_decoded(
     ray_session: str, film: Path, tmp_path: Path
 ) -> None:
