@@ -4,6 +4,7 @@ base."""
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell that runs the tests in its background lets them ignore Ctrl+C, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).parent.parent
 
