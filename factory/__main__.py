@@ -67,7 +67,7 @@ _VERBS = {
 
 _EXIT_CODES = """\
 exit codes: 0 done; 1 not finished, run it again, or (verify) something is damaged; 2 wrong usage; 3 (build) finished,
-but some sources failed.
+but some sources failed; 130 stopped by Ctrl+C.
 Whatever was committed is kept: after a crash, run the same command again."""
 
 _ON_A_CLUSTER = 'ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime'
@@ -200,7 +200,10 @@ def _kept(store: Store) -> FactoryConfig | None:
 def _config(args: argparse.Namespace) -> int:
     from factory.settings import template
 
-    print(template(_settings(args, _store(args.root) if args.root else None)), end="")
+    store = _store(args.root) if args.root else None
+    if store is not None:
+        store.table("samples")  # an absent dataset has no settings
+    print(template(_settings(args, store)), end="")
     return DONE
 
 
@@ -258,7 +261,7 @@ def _run(args: argparse.Namespace) -> int:
             rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
-    with ray_session(), store.lock():
+    with ray_session(max(2, config.num_cpus)), store.lock():
         built: set[str] = set()
         if args.verb == "build":
             built = pipeline.build(store, paths, config, rights)
@@ -266,7 +269,7 @@ def _run(args: argparse.Namespace) -> int:
             getattr(pipeline, args.verb)(store, config)
     counts = status.funnel(store)
     print(status.describe(counts), flush=True)
-    left = status.unfinished(counts, status.stale(store, config))
+    left = status.unfinished(counts, status.stale(store, _kept(store) or config))
     _print_next(left, args.root)
     if args.verb in left or (args.verb == "build" and left):
         return UNFINISHED
@@ -302,6 +305,7 @@ def _compact(args: argparse.Namespace) -> int:
     from factory.config import micro
 
     store, older_than = _store(args.root), timedelta(days=args.older_than)
+    store.table("samples")  # an absent dataset is an error, not a new one
     # a fragment of samples stays a unit of work of the sketch and caption stages
     rows = {"samples": (_kept(store) or micro()).samples_per_unit}
     with store.lock():

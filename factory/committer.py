@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,26 @@ class Committer:
         """Take up what an earlier run left: strike committed units from the ledger, publish the uncommitted ones.
 
         Units whose files are gone are struck too, and done again: those of a worker that outlived its run are strays to
-        a clean-up in the moment between its files and its ledger entry.
+        a clean-up in the moment between its files and its ledger entry. So are those of which the table has rows: from
+        such a worker too, where the same rows came in other units since.
         """
         self._store, self._name, self._every = store, name, every
         store.record_versions(name)
         self.done = store.committed_units(name)
         self._queue: list[dict[str, Any]] = []
-        self._keys: KeyIndex | None = None  # read when the first unit is appended
+        taken: set[str] = set()
         for entry in store.ledger(name):
             if not self.done.isdisjoint(entry["units"]):
                 store.strike(name, entry["unit"])
             elif broken := self._broken(entry):
                 print(f"store    {broken} is gone or cut short: {entry['unit']} is done again", flush=True)
                 store.strike(name, entry["unit"])
+            elif not taken.isdisjoint(entry["keys"]) or self._present(entry["keys"]):
+                print(f"store    rows of {entry['unit']} are there already: what is not is done again", flush=True)
+                store.strike(name, entry["unit"])
             else:
                 self._queue.append(entry)
+                taken.update(entry["keys"])
         self.flush()
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -74,13 +80,12 @@ class Committer:
         table = self._store.table(self._name)
         key = schema.KEYS[self._name]
         keys = [k for entry in entries.values() for k in entry["keys"]]
-        self._keys = self._keys or KeyIndex(table, key)
-        present = self._keys.count(table, keys)
+        present = self._present(keys)
         if present or len(set(keys)) < len(keys):
             raise DamagedData(
                 f"{present or len(keys) - len(set(keys))} row(s) of {sorted(entries)[:3]} are in table "
                 f"{self._store.uri(self._name)} already, under another unit of work. Nothing was added. "
-                f"Remove {self._store.root / '_ledger'} and run again: what is missing is redone."
+                "Run the same command again: these are left out then, and what is missing is redone."
             )
         fragments = [
             FragmentMetadata.from_json(json.dumps(f)) for entry in entries.values() for f in entry["fragments"]
@@ -97,6 +102,14 @@ class Committer:
                 f"{len(keys)} to {before}. Something else writes to it: make sure that only this project does."
             )
         self._keys.add(keys)
+
+    @cached_property
+    def _keys(self) -> KeyIndex:
+        return KeyIndex(self._store.table(self._name), schema.KEYS[self._name])
+
+    def _present(self, keys: list[str]) -> int:
+        """Return how many rows of the table have one of `keys`."""
+        return self._keys.count(self._store.table(self._name), keys)
 
     def _update(self, entries: list[dict[str, Any]]) -> None:
         states = {f.fragment_id: state(f.metadata) for f in self._store.table(self._name).get_fragments()}

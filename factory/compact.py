@@ -57,6 +57,7 @@ def compact(store: Store, name: str, *, rows: int, older_than: timedelta) -> Com
         store.record_versions(name)
     stats = table.cleanup_old_versions(older_than, delete_unverified=True, error_if_tagged_old_versions=False)
     store.digests(name).prune()
+    store.remove_halves(name)
     for folder in Path(store.uri(name), "data").glob("*/"):  # Lance leaves those of the pictures that it removed
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -51,10 +51,6 @@ class FactoryConfig:
         if self.num_cpus <= 0:
             raise ValueError(f"num_cpus must be above 0, got {self.num_cpus}.")
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of every stage."""
-        return {stage: self.fingerprint(stage) for stage in STAGES}
-
     def fingerprint(self, stage: str) -> str:
         """Return a stage's fingerprint: 16 hex digits over its code version, model and part of the settings.
 

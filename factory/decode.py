@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice
 from typing import Any
@@ -41,6 +41,7 @@ class Film:
     """What the decoders must know of a film, and which of its frames decide a segment."""
 
     times: np.ndarray  # s, of each frame, in order of showing
+    keys: np.ndarray  # s, of the key frames
     wanted: list[int]  # indices of the frames to decode, at least one
     entry: float  # s, of the last key frame up to the first of these frames
     size: tuple[int, int]  # width and height as stored, pixels
@@ -60,9 +61,27 @@ def decode(segment: Segment, config: VideoConfig, timeline: Timeline | None = No
 
 
 def decode_in_order(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Iterator[Decoded]:
-    """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read."""
+    """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read.
+
+    Where that comes before the segment's start, in the segment before it, this one begins at its own first frame.
+    """
     film = _film(segment, config, timeline)
+    own = int(np.searchsorted(film.times - film.times[0], segment.start))
+    before = [index for index in film.wanted if index < own]
+    if before and not _is_readable(replace(film, wanted=before), segment, config):
+        film = replace(film, wanted=film.wanted[len(before) :], entry=_entry(film.times, film.keys, own))
     return _to_its_end(film, _by_av(film, segment, config) if film.wanted else iter(()))
+
+
+def _is_readable(film: Film, segment: Segment, config: VideoConfig) -> bool:
+    try:
+        for _ in _by_av(film, segment, config):
+            pass
+    except OutOfOrder:
+        raise
+    except RuntimeError:
+        return False
+    return True
 
 
 def _to_its_end(film: Film, frames: Iterator[Decoded]) -> Iterator[Decoded]:
@@ -84,8 +103,6 @@ def _by_either(film: Film, segment: Segment, config: VideoConfig) -> Iterator[De
 
 
 def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Film:
-    from av.error import FFmpegError
-
     timeline = timeline or read_timeline(segment.uri)
     times, keys = timeline.times, timeline.keys
     if np.any(np.diff(times) <= 0):
@@ -95,17 +112,15 @@ def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = Non
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
-        try:
-            frame = next(container.decode(stream))
-        except (FFmpegError, StopIteration) as error:
-            raise RuntimeError(f"not one frame can be decoded: {getattr(error, 'strerror', 'the end')}") from error
+        frame = _first_frame(container, stream)
         is_last = segment.end > times[-1] - times[0]
         with open_binary(segment.uri) as file:
             missing = bytes_missing(file, container.format.name) if is_last else 0
         return Film(
             times=times,
+            keys=keys,
             wanted=wanted,
-            entry=float(keys[int(np.searchsorted(keys, times[before], side="right")) - 1]),
+            entry=_entry(times, keys, before),
             size=(stream.width, stream.height),
             pixel_aspect=stream.sample_aspect_ratio or Fraction(1),
             interlaced=timeline.interlaced,
@@ -114,6 +129,25 @@ def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = Non
             ),
             bytes_missing=missing,
         )
+
+
+def _entry(times: np.ndarray, keys: np.ndarray, index: int) -> float:
+    """Return the time (s) of the last key frame up to the frame `index`."""
+    return float(keys[int(np.searchsorted(keys, times[index], side="right")) - 1])
+
+
+def _first_frame(container: Any, stream: Any) -> Any:
+    """Return PyAV's first frame that can be decoded; who wants those before it finds out that they can't."""
+    from av.error import FFmpegError
+
+    reason = "the end"
+    for packet in container.demux(stream):
+        try:
+            if frames := packet.decode():
+                return frames[0]
+        except FFmpegError as error:
+            reason = error.strerror
+    raise RuntimeError(f"not one frame can be decoded: {reason}")
 
 
 def _wanted(times: np.ndarray, keys: np.ndarray, segment: Segment, config: VideoConfig) -> list[int]:
@@ -195,7 +229,7 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
                     raise RuntimeError("a frame is damaged")
                 if frame.time < start:
                     continue
-                before, index = index, int(np.abs(film.times - frame.time).argmin())
+                before, index = index, _nearest(film.times, frame.time)
                 if index <= before:
                     raise OutOfOrder(f"the time stamps do not follow the order of the frames. {REMUX}")
                 while missing and missing[0] < index:  # the decoder left it out
@@ -210,6 +244,12 @@ def _by_av(film: Film, segment: Segment, config: VideoConfig) -> Iterator[Decode
             raise RuntimeError(error.strerror) from error
     if missing:
         raise RuntimeError(f"the decoder ended before frame {missing[0] + 1} of {len(film.times)}. {REMUX}")
+
+
+def _nearest(times: np.ndarray, time: float) -> int:
+    """Return the index of that of the ascending `times` which is nearest to `time`."""
+    right = int(np.searchsorted(times, time))
+    return right - 1 if right == len(times) or (right and time - times[right - 1] <= times[right] - time) else right
 
 
 def _jump_lands(entry: float, uri: str) -> bool:

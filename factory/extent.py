@@ -6,6 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+# Outermost boxes of MP4 and MOV; what follows another one is none of them, such as a tag of a player's.
+_ISO_BOXES = (
+    "ftyp styp pdin moov moof mdat mfra meta free skip wide uuid sidx ssix prft emsg junk pnot PICT udta imda bloc"
+)
 _MATROSKA_SEGMENT = 0x18538067
 
 
@@ -27,9 +31,10 @@ def _iso_ends(file: BinaryIO, size: int) -> Iterator[int]:
     while at + 8 <= size:
         file.seek(at)
         length = int.from_bytes(file.read(4))
-        if file.read(4) and length == 1:
+        kind = file.read(4).decode("latin-1")
+        if length == 1:
             length = int.from_bytes(file.read(8))
-        if length < 8:
+        if length < 8 or kind not in _ISO_BOXES.split():
             return
         at += length
         yield at

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from factory.locations import SourceGone, copy_stream, is_remote, open_binary, s
 from factory.video import Segment, VideoConfig
 
 _POLL_SECONDS = 0.5
+_NAME = re.compile("[0-9a-f]{64}")  # of a cached film: its source_id
 T = TypeVar("T")
 
 
@@ -82,8 +84,8 @@ def check_unchanged(segment: Segment) -> None:
 
 
 def cache_folder(config: VideoConfig) -> Path:
-    """Return the folder in which this node keeps what it fetched and what it found out about films."""
-    return Path(config.cache_folder or os.path.join(tempfile.gettempdir(), f"animesketch-cache-{os.getuid()}"))
+    """Return the folder, ours alone, in which this node keeps what it fetched and what it found out about films."""
+    return Path(config.cache_folder or tempfile.gettempdir(), f"animesketch-cache-{os.getuid()}")
 
 
 @contextlib.contextmanager
@@ -136,7 +138,7 @@ def _fetch(segment: Segment, path: Path, limit: int) -> None:
 def _evict(folder: Path, limit: int) -> bool:
     """Remove cached films, the longest unused first, until they take `limit` bytes; return whether they take more, all
     being in use."""
-    films = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_atime_ns)
+    films = sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.stat().st_atime_ns)
     left = sum(p.stat().st_size for p in films)
     for film in films:
         if left <= limit:

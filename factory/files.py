@@ -21,24 +21,32 @@ class DamagedFolder(ValueError):
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a power cut."""
     path = Path(path)
-    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    _sync(path.parent)
+    with _put_in_place(aside, path):
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def remove_halves(folder: str | Path) -> None:
+    """Remove what a killed `write_atomic` left in `folder`."""
+    for aside in Path(folder).glob(".*.tmp"):
+        aside.unlink()
 
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a path aside to write to; on success the file is flushed and replaces `path` by rename."""
     path = Path(path)
-    make_folder(path.parent)
     aside = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp.{path.name}")
-    try:
+    with _put_in_place(aside, path):
         yield aside
+
+
+@contextlib.contextmanager
+def _put_in_place(aside: Path, path: Path) -> Iterator[None]:
+    """Flush the file `aside` that the block writes, and rename it to `path`; where the block fails, remove it."""
+    make_folder(path.parent)
+    try:
+        yield
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

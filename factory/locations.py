@@ -71,16 +71,24 @@ def path_of(location: str) -> PurePath:
 def find_files(location: str, suffixes: Collection[str]) -> set[str]:
     """Return the locations that a file, a folder or a glob names; none is an empty set.
 
-    In folders, at any depth, files with one of `suffixes` count, and names that begin with a dot don't. What can't be
-    read, a folder too, is among them: whoever reads it says why.
+    In folders, at any depth, files with one of `suffixes` count, and names that begin with a dot don't. A glob names
+    the files and folders that it matches; of the files those with one of `suffixes` count, or any where the glob itself
+    ends in a suffix. What can't be read, a folder too, is among them: whoever reads it says why.
     """
     return _objects(location, suffixes) if is_remote(location) else _local_files(location, suffixes)
 
 
 def _local_files(location: str, suffixes: Collection[str]) -> set[str]:
-    if not os.path.isdir(location):
-        found = [location] if os.path.lexists(location) else glob.glob(location, recursive=True)
-        return {_utf8(os.path.abspath(path)) for path in found if not os.path.isdir(path)}
+    if os.path.isdir(location):
+        return _in_folder(location, suffixes)
+    if os.path.lexists(location):
+        return {_utf8(location)}
+    found = [path.rstrip("/") for path in glob.glob(location, recursive=True)]
+    files = {_utf8(path) for path in found if not os.path.isdir(path) and _counts(path, suffixes, location)}
+    return files.union(*(_in_folder(path, suffixes) for path in found if os.path.isdir(path)))
+
+
+def _in_folder(location: str, suffixes: Collection[str]) -> set[str]:
     files: set[str] = set()
     unreadable: list[str] = []
     for folder, folders, names in os.walk(location, onerror=lambda error: unreadable.append(error.filename)):
@@ -95,18 +103,25 @@ def _objects(location: str, suffixes: Collection[str]) -> set[str]:
     info = store.get_file_info(path)
     if info.type == fs.FileType.File:
         return {f"{urlsplit(location).scheme}://{quote(path)}"}
-    if info.type == fs.FileType.Directory:
-        folder, counts = path, functools.partial(_counts, suffixes=suffixes)
-    else:  # a glob: what matches below the last folder without * ? [
-        folder = re.split(r"[*?[]", path)[0].rpartition("/")[0]
-        counts = re.compile(glob_translate(path)).match
+    is_folder = info.type == fs.FileType.Directory
+    # of a glob: what matches below the last folder without * ? [
+    folder = path if is_folder else re.split(r"[*?[]", path)[0].rpartition("/")[0]
+    matches = re.compile(glob_translate(path)).match
+
+    def is_named(key: str) -> bool:
+        if is_folder or any(matches(str(parent)) for parent in PurePath(key).parents):
+            return _counts(key, suffixes)
+        return bool(matches(key)) and _counts(key, suffixes, path)
+
     listed = store.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-    keys = [i.path for i in listed if i.type == fs.FileType.File and counts(i.path)]
+    keys = [i.path for i in listed if i.type == fs.FileType.File and is_named(i.path)]
     return {f"{urlsplit(location).scheme}://{quote(key)}" for key in keys if "/." not in key[len(folder) :]}
 
 
-def _counts(name: str, suffixes: Collection[str]) -> bool:
-    return os.path.splitext(name)[1].lower() in suffixes
+def _counts(name: str, suffixes: Collection[str], pattern: str = "") -> bool:
+    """Return whether a file in a folder, or one that `pattern` matches, is taken for a source."""
+    suffix = os.path.splitext(name)[1]
+    return suffix.lower() in suffixes or (suffix != "" and pattern.endswith(suffix))
 
 
 def _utf8(path: str) -> str:

@@ -21,6 +21,7 @@ from factory.stage import FILM, PICTURES, Progress, Row, in_lots, run, run_tasks
 from factory.store import NotFinished, Store
 from factory.video import Segment
 
+_PIXELS_PER_UNIT = 192_000_000  # of still pictures, which a worker holds encoded until they are written: some 200 MB
 _UNITS_PER_LOT = 128  # units of files that are described before their sources are committed
 
 
@@ -48,7 +49,7 @@ def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
     does with one that could not be decoded within the limits, once these are other ones.
     """
     committer = Committer(store, "candidates", every=config.commit_every)
-    _refuse_other_settings(store, config)  # before anything is written
+    _refuse_other_settings(store, config)
     built = add_sources(store, paths, config)
     store.keep_settings(asdict(config))
     limits = config.video.limits
@@ -66,12 +67,28 @@ def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
     failures = run("decode", "segments", FILM, tasks.DecodeSegment(store, config), films, committer, config)
     pictures = [asdict(segment) for segment in missing if is_picture(segment.uri)]
     if pictures:
-        units = [{"segments": some, "amount": len(some)} for some in in_lots(pictures, config.video.pictures_per_unit)]
+        pixels = {row["source_id"]: row["width"] * row["height"] for row in known}
+        lots = _picture_lots(pictures, pixels, config.video.pictures_per_unit)
+        units = [{"segments": lot, "amount": len(lot)} for lot in lots]
         task = tasks.DecodePictures(store, config)
         failures += run("pictures", "units of pictures", PICTURES, task, units, committer, config)
     _forget_other_limits(store, segments, committer.done, limits)
     close_sources(store, committer.done, limits, failures)
     return built
+
+
+def _picture_lots(pictures: list[Row], pixels: dict[str, int], at_most: int) -> list[list[Row]]:
+    """Return `pictures` in lists of `at_most`, and of no more pixels than a worker may hold."""
+    lots: list[list[Row]] = []
+    room = 0
+    for picture in pictures:
+        size = pixels[picture["source_id"]]
+        if not lots or size > room or len(lots[-1]) == at_most:
+            lots.append([])
+            room = _PIXELS_PER_UNIT
+        lots[-1].append(picture)
+        room -= size
+    return lots
 
 
 def _reopen(store: Store, known: list[Row], source_ids: set[str]) -> None:
@@ -89,7 +106,7 @@ def _forget_other_limits(store: Store, segments: list[Segment], done: set[str], 
     old: set[str] = set()
     for row in failed:
         segment_id, within, _ = row["segment_id"].partition(Segment.WITHIN)
-        if within and segment_id in tried and row["segment_id"] != tried[segment_id]:
+        if within and segment_id in tried and (segment_id in done or row["segment_id"] != tried[segment_id]):
             old.add(row["frame_id"])
     store.remove("candidates", old)
 
@@ -286,7 +303,7 @@ def caption(store: Store, config: FactoryConfig) -> None:
         columns=["frame_id", "keywords"], filter="selected and caption is not null", with_row_address=True
     )
     others = [row | {"keywords": keywords} for row in told.to_pylist() if row["keywords"] != keywords]
-    store.keep_settings(asdict(config))
+    _keep_settings(store, config, "caption")
     update(store, "samples", others)
     _update_samples(store, config, "caption", tasks.WriteCaptions(store, config))
 

@@ -99,13 +99,14 @@ def run_tasks(stage: str, task: Callable, rows: list[Row], config: FactoryConfig
 
     if not rows:
         return
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()  # the caller's stays as it is
     context.enable_progress_bars = False  # the stages print their own
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # a worker that dies takes no other's answer along
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # how it died
     numbered = [row | {"number": number} for number, row in enumerate(rows)]
-    data = ray.data.from_items(numbered, override_num_blocks=len(rows))
+    with ray.data.DataContext.current(context):
+        data = ray.data.from_items(numbered, override_num_blocks=len(rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # ray 2.60 has no other way to bound the attempts
         answers = data.map(_answering(task), num_cpus=config.num_cpus, max_retries=ATTEMPTS - 1)

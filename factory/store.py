@@ -23,7 +23,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from factory import schema
 from factory.digests import Digests
-from factory.files import make_folder, write_atomic
+from factory.files import make_folder, remove_halves, write_atomic
 from factory.settings import NothingThere, UsageError
 
 UNITS = "animesketch.units"  # of a transaction: its units; of a table's configuration: those of pruned history
@@ -146,8 +146,8 @@ class Store:
         """Write `rows` of table `name` as uncommitted fragments and enter them into the ledger; return the entry.
 
         Called by workers, any number of times for one unit: of an entry that is there already `rows` are not read. They
-        are written as they come, about FRAGMENT_BYTES of pictures at a time; what `rows` raises is raised, and no file
-        of the table is left of the unit. A unit may be made of `parts`, units themselves, which another unit may hold
+        are written as they come, about FRAGMENT_BYTES of pictures at a time; what `rows` raises is raised, and what was
+        written of the unit is removed. A unit may be made of `parts`, units themselves, which another unit may hold
         too: of two such units one is committed.
         """
         path = self._ledger_file(name, unit)
@@ -271,6 +271,11 @@ class Store:
         """
         folder = self.root / "_ledger" / name
         return [entry for path in sorted(folder.glob("*.json")) if (entry := _read_entry(path))]
+
+    def remove_halves(self, name: str) -> None:
+        """Remove what a crash left of the ledger's and the digests' files of table `name`, in a locked root."""
+        for folder in ("_ledger", "_digests"):
+            remove_halves(self.root / folder / name)
 
     def _ledger_file(self, name: str, unit: str) -> Path:
         return self.root / "_ledger" / name / f"{hashlib.sha256(unit.encode()).hexdigest()[:32]}.json"

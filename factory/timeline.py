@@ -23,7 +23,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
 from factory.bars import FilmBars, Profile, film_bars, profile_of
-from factory.fetch import cache_folder
+from factory.fetch import cache_folder, check_unchanged
 from factory.files import locked, new_file
 from factory.sources import READ_BYTES_PER_SECOND, Stamps, film_stream, open_film, time_stamps
 from factory.video import VERSION, Segment, VideoConfig
@@ -52,7 +52,7 @@ def timeline_of(segment: Segment, config: VideoConfig) -> Timeline:
 
     It is read in a killable process. Where that crashes, or goes beyond the limits, while it looks at frames, the
     timeline has no samples: each frame's bars are judged alone then, and one bad place costs its own segment only.
-    Raises WorkerFailed where the file can't be read, WorkerLost where the machine failed.
+    Raises WorkerFailed where the file can't be read, WorkerLost where the machine failed, SourceChanged.
     """
     folder = cache_folder(config) / ".timelines" / segment.source_id
     path = folder / f"{VERSION}-av{av.__version__}-{config.limits}.npz"
@@ -62,7 +62,11 @@ def timeline_of(segment: Segment, config: VideoConfig) -> Timeline:
             os.chmod(cache_folder(config), 0o700)
         except OSError:  # there is no disk to keep it on: every segment reads it
             return _read(segment.uri, config)
-        return _kept(path) or _keep(path, _read(segment.uri, config))
+        if timeline := _kept(path):
+            return timeline
+        timeline = _read(segment.uri, config)
+        check_unchanged(segment)  # its name is the sha256 of what was there
+        return _keep(path, timeline)
 
 
 def read_timeline(uri: str) -> Timeline:

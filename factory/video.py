@@ -87,8 +87,8 @@ class VideoConfig:
     deadline_per_second: float = 10.0
     # Memory that a segment's process may hold before it is ended (MB).
     memory_limit_mb: int = 4000
-    # Where a node keeps films that it fetched from an object store, and what it read of all; "" is a folder among the
-    # system's temporary ones.
+    # In a folder of its own here a node keeps films that it fetched from an object store, and what it read of all; ""
+    # is where the system's temporary files are.
     cache_folder: str = ""
     # At most this much is kept there: it must hold the largest film, better one for each task that runs at once.
     cache_gigabytes: float = 50.0

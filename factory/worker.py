@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-_POLL_SECONDS = 0.05  # between two looks at the process
+_POLL_SECONDS = 0.01  # between two looks at the process
+_MEMORY_SHARE = 0.95  # of its limit: a process that holds this much is ended, as it may take more until the next look
 # Signals by which a process ends that did something wrong itself: a library that fails over its input.
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
@@ -166,9 +167,9 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while not self.reason and not self._stopped.wait(_POLL_SECONDS):
             resident = _resident_mb(self._child.pid)
-            if resident > self._limit:
+            if resident > _MEMORY_SHARE * self._limit:
                 self.reason = (
-                    f"held {resident:.0f} MB of memory, more than video.memory_limit_mb={self._limit}: the process was "
+                    f"held {resident:.0f} MB of memory, with video.memory_limit_mb={self._limit}: the process was "
                     f"ended. Allow it more: --set video.memory_limit_mb={2 * self._limit}"
                 )
             elif not self._paused and time.monotonic() > self._end:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from factory import decode as decode_module
-from factory.decode import Decoded, _film, decode, decode_in_order
+from factory.decode import Decoded, _film, _nearest, decode, decode_in_order
 from factory.sources import describe_source, segments_of
 from factory.video import Segment, VideoConfig
 from tests.footage import join, number_of, numbered, without_start, write_film
@@ -99,11 +99,11 @@ def test_a_jump_gives_the_frames_that_reading_up_to_them_gives(
     path = write_film(tmp_path / name, numbered(256), rate=12, **JUMPED[name])
     jumps, jump = [], decode_module._jump
     monkeypatch.setattr(decode_module, "_jump", lambda *args: jumps.append(args[0]) or jump(*args))
-    jumped = [frame[:2] for frame in shown(from_second(path, 15), decode_in_order)]
+    jumped = [frame[:2] for frame in shown(from_second(path, 15))]
     assert jumped == [(i, i) for i in range(180, 256)]
     assert len(jumps) == 2
     monkeypatch.setattr(decode_module, "_JUMP_FORMATS", ())
-    assert [frame[:2] for frame in shown(from_second(path, 15), decode_in_order)] == jumped
+    assert [frame[:2] for frame in shown(from_second(path, 15))] == jumped
     assert len(jumps) == 2
 
 
@@ -203,3 +203,33 @@ def test_time_stamps_that_contradict_the_order_are_an_error(tmp_path: Path) -> N
         list(decode(whole(path), CONFIG))
     again = without_start(path, tmp_path / "again.mkv", packets=0)
     assert [frame[1] for frame in shown(whole(again))] == list(range(COUNT))
+
+
+def test_damage_before_the_border_costs_the_segment_before_it_alone(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.mp4", numbered(COUNT), gop=12, encoder={"bf": "0"})
+    whole_frames = [frame[0] for frame in shown(from_second(path, 1), decode_in_order)]
+    assert whole_frames[0] == 24
+    _zero_packet(path, 40)  # 1.67 s: in the overlap
+    assert [frame[0] for frame in shown(from_second(path, 1), decode_in_order)] == [i for i in whole_frames if i >= 48]
+    with pytest.raises(RuntimeError):
+        shown(from_second(path, 0), decode_in_order)
+
+
+def test_a_film_whose_first_frame_is_damaged_is_read_behind_it(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "film.mp4", numbered(COUNT), gop=12, encoder={"bf": "0"})
+    _zero_packet(path, 0)
+    assert shown(from_second(path, 1), decode_in_order)[-1][1] == COUNT - 1
+
+
+@pytest.mark.parametrize(("time", "index"), [(-1.0, 0), (0.0, 0), (0.4, 0), (0.6, 1), (1.0, 1), (9.0, 2)])
+def test_a_frame_is_the_one_of_the_nearest_time(time: float, index: int) -> None:
+    assert _nearest(np.array([0.0, 1.0, 2.0]), time) == index
+
+
+def _zero_packet(path: Path, number: int) -> None:
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][number]
+        place, size = packet.pos, packet.size
+    with open(path, "rb+") as file:
+        file.seek(place)
+        file.write(bytes(size))

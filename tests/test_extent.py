@@ -33,6 +33,12 @@ def test_each_byte_that_is_missing_is_counted(tmp_path: Path, name: str) -> None
     assert bytes_missing(io.BytesIO(data[: len(data) * 2 // 3]), container) > 0
 
 
+def test_what_follows_the_last_part_is_not_missing(tmp_path: Path) -> None:
+    for name in ("index-first.mp4", "film.mkv", "film.avi"):
+        path = write_film(tmp_path / name, FRAMES, **STATED[name])  # type: ignore[arg-type]
+        assert bytes_missing(io.BytesIO(path.read_bytes() + b"TAG" + b"title".ljust(125)), named(path)) == 0
+
+
 @pytest.mark.parametrize("name", UNSTATED)
 def test_a_format_that_states_no_length_misses_nothing(tmp_path: Path, name: str) -> None:
     path = write_film(tmp_path / name, FRAMES, **UNSTATED[name])  # type: ignore[arg-type]

@@ -344,7 +344,12 @@ def test_a_stage_keeps_its_own_settings_only(
     config = tmp_path / "c.yaml"
     config.write_text("video: {jpeg_quality: 80}\nsketch: {size: 240}\nnum_cpus: 0.5\n")
     assert main(["sketch", "--root", str(store.root), "--config", str(config)]) == 0
-    assert store.settings() == before | {"sketch": before["sketch"] | {"size": 240}, "num_cpus": 0.5}
+    expected = before | {"sketch": before["sketch"] | {"size": 240}, "num_cpus": 0.5}
+    assert store.settings() == expected
+    config.write_text("video: {jpeg_quality: 80}\nsketch: {size: 120}\ncaption: {keywords: [ink]}\nnum_cpus: 0.5\n")
+    assert main(["caption", "--root", str(store.root), "--config", str(config)]) == 0
+    assert store.settings() == expected | {"caption": before["caption"] | {"keywords": ["ink"]}}
+    assert "next:" not in capsys.readouterr().out  # by the kept settings all is done
 
 
 def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFixture) -> None:
@@ -363,6 +368,8 @@ def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFix
     [
         (["status", "--root", "/nonexistent/root"], "python -m factory build"),
         (["select", "--root", "/nonexistent/root"], "python -m factory build"),
+        (["compact", "--root", "/tmp/never-made"], "python -m factory build"),
+        (["config", "--root", "/tmp/never-made"], "python -m factory build"),
         (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "No video at"),
         (
             ["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made", "--set", "video.jpegquality=1"],

@@ -129,6 +129,8 @@ def test_files_folders_and_globs_are_found(server: Server, film: Path) -> None:
         "s3://films/x/*.mp4": ["s3://films/x/%5Bq%5D%2A.mp4", "s3://films/x/-z.mp4"],
         "s3://films/**/*.mkv": [everything[-1]],
         "s3://films/x/*.txt": ["s3://films/x/notes.txt"],
+        "s3://films/*": everything,
+        "s3://films/x/*": [uri for uri in everything if "/x/" in uri],
     }.items():
         assert find_sources([typed]) == found, typed
     for nothing in ("s3://films/absent.mp4", "s3://films/absent/*.mp4", "s3://films/*.avi"):
@@ -196,7 +198,7 @@ def test_half_a_film_is_never_used(
         patch.setattr(fetch, "copy_stream", breaks)
         with pytest.raises(OSError, match="the connection was lost"), on_disk(segment, config):
             pass
-    folder = Path(config.cache_folder)
+    folder = fetch.cache_folder(config)
     assert os.listdir(folder) == [".lock"]
     killed = folder / f".0123abcd.tmp.{segment.source_id}"  # what a killed process leaves
     killed.write_bytes(film.read_bytes()[:1000])
@@ -215,7 +217,7 @@ def test_an_object_that_is_replaced_or_removed_is_a_failure(server: Server, film
     server.files.delete_file("films/film.mp4")
     with pytest.raises(SourceGone, match="no such object"), on_disk(segment, config):
         pass
-    assert os.listdir(config.cache_folder) == [".lock"]
+    assert os.listdir(fetch.cache_folder(config)) == [".lock"]
 
 
 def test_a_copy_that_changes_while_it_is_decoded_is_fetched_again(
@@ -229,7 +231,7 @@ def test_a_copy_that_changes_while_it_is_decoded_is_fetched_again(
     def changes_once(*args: object, **limits: object) -> Iterator[object]:
         yield from run(*args, **limits)  # type: ignore[arg-type]
         if len(fetched) == 1:
-            Path(config.cache_folder, segment.source_id).write_bytes(b"another")
+            (fetch.cache_folder(config) / segment.source_id).write_bytes(b"another")
 
     def counted(uri: str, target: object) -> str:
         fetched.append(uri)
@@ -241,7 +243,7 @@ def test_a_copy_that_changes_while_it_is_decoded_is_fetched_again(
     decode = tasks.DecodeSegment(store, settings.load(micro(), None, [f"video.cache_folder={config.cache_folder}"]))
     assert json.loads(decode(asdict(segment))["entry"])["rows"] == 2
     assert len(fetched) == 2
-    assert Path(config.cache_folder, segment.source_id).read_bytes() == film.read_bytes()
+    assert (fetch.cache_folder(config) / segment.source_id).read_bytes() == film.read_bytes()
     assert len(list(Path(store.uri("candidates"), "data").glob("*.lance"))) == 1
 
 
@@ -252,7 +254,11 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_in_use(
     two = _segment(server.put(write_film(tmp_path / "f.mp4", patterns(2, 13)), "two.mp4"))
     size = max(locations.stamp(segment.uri)[0] for segment in (one, two))
     small = replace(config, cache_gigabytes=1.2 * size / 1e9)
-    folder = Path(config.cache_folder)
+    folder = fetch.cache_folder(config)
+    others = [Path(config.cache_folder, "thesis.odt"), folder / "notes"]
+    folder.mkdir(parents=True)
+    for path in others:
+        path.write_bytes(film.read_bytes())
     taken = threading.Event()
 
     def take_two() -> None:
@@ -266,7 +272,8 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_in_use(
         assert Path(here.uri).exists()
     assert taken.wait(20)
     other.join()
-    assert sorted(os.listdir(folder)) == [".lock", two.source_id]
+    assert sorted(os.listdir(folder)) == sorted([".lock", "notes", two.source_id])
+    assert others[0].exists()
     with (
         pytest.raises(OSError, match=r"raise video\.cache_gigabytes"),
         on_disk(one, replace(config, cache_gigabytes=0.5 * size / 1e9)),

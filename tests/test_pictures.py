@@ -211,6 +211,18 @@ def test_a_folder_is_decoded_in_units_of_many(ray_session: str, folder: Path, tm
     assert len(tables[0]) == 8
 
 
+def test_a_unit_of_pictures_has_no_more_pixels_than_a_worker_may_hold() -> None:
+    pixels = {"small": 2_000_000, "large": 100_000_000}
+    pictures = [{"source_id": name} for name in ("small", "large", "large", "small", "small", "small")]
+    lots = pipeline._picture_lots(pictures, pixels, 3)
+    assert [[picture["source_id"] for picture in lot] for lot in lots] == [
+        ["small", "large"],
+        ["large", "small", "small"],
+        ["small"],
+    ]
+    assert pipeline._picture_lots([], pixels, 3) == []
+
+
 def test_of_two_units_that_share_a_picture_one_is_committed(tmp_path: Path) -> None:
     """As a killed run leaves them whose task went on, when a picture was added in between."""
     store = Store(str(tmp_path))

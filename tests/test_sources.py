@@ -47,6 +47,8 @@ def test_folders_files_and_globs_are_found(tmp_path: Path) -> None:
     assert find_sources([str(tmp_path)]) == [str(tmp_path / name) for name in ("a.mp4", "b/c.MKV", "b/p.JPG")]
     assert find_sources([f"file://{tmp_path}/b"]) == find_sources([f"{tmp_path}/b/*.[MJ]*"])
     assert len(find_sources([str(tmp_path / "*.mp4"), str(tmp_path / "a.mp4")])) == 1
+    assert find_sources([f"{tmp_path}/*"]) == find_sources([str(tmp_path)])  # folders that a glob matches are walked
+    assert find_sources([f"{tmp_path}/b/*.txt"]) == find_sources([f"{tmp_path}/b/notes.txt"])
     assert find_sources([str(tmp_path / "b/notes.txt")]) == [str(tmp_path / "b/notes.txt")]
     with pytest.raises(FileNotFoundError, match="No video at"):
         find_sources([str(tmp_path / "*.avi")])

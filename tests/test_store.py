@@ -281,6 +281,8 @@ def test_rows_that_are_there_already_are_not_added_again_under_another_unit(stor
     committer.add(store.write_unit("candidates", "u0", _rows(0)))
     with pytest.raises(DamagedData, match=r"3 row\(s\) of \['other'\] are in table"):
         committer.add(store.write_unit("candidates", "other", _rows(0)))
+    assert Committer(store, "candidates", every=1).done == {"u0"}  # the next run leaves it out
+    assert not store.ledger("candidates")
     committer = Committer(store, "sources", every=2)
     twice = [{"source_id": "a"}]
     committer.add(store.write_unit("sources", "one", twice))
@@ -288,6 +290,8 @@ def test_rows_that_are_there_already_are_not_added_again_under_another_unit(stor
         committer.add(store.write_unit("sources", "two", twice))
     assert check_keys(store, "candidates") == 3
     assert check_keys(store, "sources") == 0
+    assert len(Committer(store, "sources", every=2).done) == 1  # of two that share a row one is published
+    assert check_keys(store, "sources") == 1
 
 
 def test_keys_that_are_there_twice_are_named(store: Store) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import importlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from factory import decode, settings, tasks, timeline, worker
 from factory.bars import FilmBars
 from factory.committer import Committer
 from factory.config import micro
+from factory.fetch import SourceChanged
 from factory.sources import describe_source, segments_of
 from factory.store import Store
 from factory.timeline import read_timeline, timeline_of
@@ -91,6 +93,18 @@ def test_two_workers_at_once_read_it_once(tmp_path: Path, config: VideoConfig, r
     assert len(found) == 4
     assert len(reads) == 1
     assert all(same(other, found[0]) for other in found)
+
+
+def test_of_a_film_that_changes_meanwhile_none_is_kept(
+    film: Path, tmp_path: Path, config: VideoConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "film.mp4"
+    shutil.copy(film, path)
+    (segment,) = segments(path, config)
+    monkeypatch.setattr(timeline, "_read", lambda uri, _: path.touch() or read_timeline(uri))
+    with pytest.raises(SourceChanged, match="changed after it was hashed"):
+        timeline_of(segment, config)
+    assert not kept(config)
 
 
 def test_no_more_than_a_few_are_kept(film: Path, config: VideoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
