@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice
@@ -63,13 +63,15 @@ def decode(segment: Segment, config: VideoConfig, timeline: Timeline | None = No
 def decode_in_order(segment: Segment, config: VideoConfig, timeline: Timeline | None = None) -> Iterator[Decoded]:
     """Yield what `decode` does, by PyAV: one frame after the other, up to the very frame that can't be read.
 
-    Where that comes before the segment's start, in the segment before it, this one begins at its own first frame.
+    Where that comes before the segment's start, in the segment before it, this one begins at its own key frame.
     """
     film = _film(segment, config, timeline)
     own = int(np.searchsorted(film.times - film.times[0], segment.start))
-    before = [index for index in film.wanted if index < own]
-    if before and not _is_readable(replace(film, wanted=before), segment, config):
-        film = replace(film, wanted=film.wanted[len(before) :], entry=_entry(film.times, film.keys, own))
+    if film.wanted and own and film.entry < film.times[own]:
+        before = [index for index in film.wanted if index < own] or [own - 1]
+        if not _is_readable(replace(film, wanted=before), segment, config):
+            wanted = [index for index in film.wanted if index >= own]
+            film = replace(film, wanted=wanted, entry=_entry(film.times, film.keys, own))
     return _to_its_end(film, _by_av(film, segment, config) if film.wanted else iter(()))
 
 
@@ -82,6 +84,14 @@ def _is_readable(film: Film, segment: Segment, config: VideoConfig) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def readable(frames: Iterable[Decoded], failures: list[Exception]) -> Iterator[Decoded]:
+    """Yield `frames` up to where they break, and put the error into `failures`."""
+    try:
+        yield from frames
+    except Exception as error:
+        failures.append(error)
 
 
 def _to_its_end(film: Film, frames: Iterator[Decoded]) -> Iterator[Decoded]:
@@ -108,14 +118,16 @@ def _film(segment: Segment, config: VideoConfig, timeline: Timeline | None = Non
     if np.any(np.diff(times) <= 0):
         raise RuntimeError(f"the stream's time stamps do not increase. {REMUX}")
     wanted = _wanted(times, keys, segment, config)
-    before = max(wanted[0] - 1, 0) if wanted else 0  # deinterlacing looks one frame back, or one key frame
+    first = wanted[0] if wanted else 0
+    before = max(first - timeline.interlaced, 0)  # deinterlacing looks one frame back, or one key frame
     with open_film(segment.uri) as container:
         stream = film_stream(container)
         stream.codec_context.thread_count = config.decode_threads
         frame = _first_frame(container, stream)
-        is_last = segment.end > times[-1] - times[0]
-        with open_binary(segment.uri) as file:
-            missing = bytes_missing(file, container.format.name) if is_last else 0
+        missing = 0
+        if segment.end > times[-1] - times[0]:  # the last segment
+            with open_binary(segment.uri) as file:
+                missing = bytes_missing(file, container.format.name)
         return Film(
             times=times,
             keys=keys,

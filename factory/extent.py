@@ -70,7 +70,10 @@ def _riff_ends(file: BinaryIO, size: int) -> Iterator[int]:
         file.seek(at)
         if file.read(4) != b"RIFF":
             return
-        at += 8 + int.from_bytes(file.read(4), "little")
+        length = int.from_bytes(file.read(4), "little")
+        if length == 0xFFFFFFFF:  # it was written to a pipe, and never filled in
+            return
+        at += 8 + length
         yield at
 
 

@@ -29,7 +29,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def remove_halves(folder: str | Path) -> None:
     """Remove what a killed `write_atomic` left in `folder`."""
     for aside in Path(folder).glob(".*.tmp"):
-        aside.unlink()
+        aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

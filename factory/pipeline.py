@@ -67,7 +67,7 @@ def decode(store: Store, paths: list[str], config: FactoryConfig) -> set[str]:
     failures = run("decode", "segments", FILM, tasks.DecodeSegment(store, config), films, committer, config)
     pictures = [asdict(segment) for segment in missing if is_picture(segment.uri)]
     if pictures:
-        pixels = {row["source_id"]: row["width"] * row["height"] for row in known}
+        pixels = {row["source_id"]: row["width"] * row["height"] for row in open_sources if row["segment_starts"]}
         lots = _picture_lots(pictures, pixels, config.video.pictures_per_unit)
         units = [{"segments": lot, "amount": len(lot)} for lot in lots]
         task = tasks.DecodePictures(store, config)
@@ -131,20 +131,26 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     task = tasks.DescribeSources(config, opened)
     answers: dict[str, Row] = {}
     asked: list[Row] = []
+    unanswered: list[NotFinished] = []
 
     def rank(row: Row) -> tuple[bool, str]:
         """Of the names of one source, that which it has already goes before the first in the alphabet."""
         return row["uri"] != known.get(row["source_id"], row)["uri"], row["uri"]
 
     for lot in in_lots(units, _UNITS_PER_LOT):
-        for answer in run_tasks("sources", task, lot, config):
-            answers |= {row["uri"]: row for row in json.loads(answer["json"])}
-            progress.step()
+        try:
+            for answer in run_tasks("sources", task, lot, config):
+                answers |= {row["uri"]: row for row in json.loads(answer["json"])}
+                progress.step()
+        except NotFinished as error:
+            unanswered.append(error)
         asked = [
             row for uri, row in answers.items() if uri in given or waiting[uri] in (row["source_id"], unread_id(uri))
         ]
         _append_sources(store, committer, sorted(asked, key=rank), known.keys())
         known = _known_sources(store)
+    if unanswered:
+        raise unanswered[0]
     found = {row["source_id"]: row for row in sorted(asked, key=rank, reverse=True)}
     changed = []
     for key in sorted(found.keys() & known.keys()):

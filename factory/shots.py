@@ -12,7 +12,7 @@ import numpy as np
 
 from factory import scores
 from factory.cuts import Look, is_settled, look_at, similarity
-from factory.decode import Decoded
+from factory.decode import Decoded, readable
 from factory.video import VideoConfig
 
 # A later frame is better only if it is so much sharper: a shot that is shown twice, and encoded twice, then gives the
@@ -53,7 +53,7 @@ def find_shots(
     """
     shot: Shot | None = None
     failures: list[Exception] = []
-    for frame, starts, settled in _judged(_readable(frames, failures), starts_shot, config):
+    for frame, starts, settled in _judged(readable(frames, failures), starts_shot, config):
         now = frame.look.timestamp
         if shot is None and now >= until:
             return
@@ -103,11 +103,3 @@ def _judged(
             yield judged()
     while waiting:
         yield judged()
-
-
-def _readable(frames: Iterable[Decoded], failures: list[Exception]) -> Iterator[Decoded]:
-    """Yield `frames` up to where they break, and put the error there: the shot that was running counts so far."""
-    try:
-        yield from frames
-    except Exception as error:
-        failures.append(error)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from factory.cuts import SIZE, Look
-from factory.decode import Decoded
+from factory.decode import Decoded, readable
 from factory.files import sha256_file
 
 _STEP, _MARGIN = 50, 25  # frames of a window that are used, and those on both sides that only help
@@ -24,10 +24,10 @@ class TransNetV2:
     """
 
     def __init__(self, frames: Iterable[Decoded]) -> None:
-        """Read `frames` to their end, or to where they break."""
+        """Read `frames` to their end, or to where they break: who decodes them again is told why."""
         self._cuts: set[int] = set()
         run: list[int] = []
-        for index, probability in _probabilities(frames):
+        for index, probability in _probabilities(readable(frames, [])):
             if probability > 0.5:
                 run.append(index)
             elif run:

@@ -85,7 +85,7 @@ class VideoConfig:
     # Time a segment may take before its process is ended: this many seconds and this many per second of film.
     deadline_seconds: float = 120.0
     deadline_per_second: float = 10.0
-    # Memory that a segment's process may hold before it is ended (MB).
+    # Memory that a segment's process may hold (MB); it is ended at 95 % of it.
     memory_limit_mb: int = 4000
     # In a folder of its own here a node keeps films that it fetched from an object store, and what it read of all; ""
     # is where the system's temporary files are.

@@ -47,8 +47,8 @@ def run_killable(function: str, *args: Any, deadline_seconds: float, memory_limi
     """Yield what the generator `function` ("module:name") yields for `args`, from a process of its own.
 
     Raises WorkerFailed with the generator's own words, or when it crashed; WorkerEnded when it was not done in time or
-    held more memory (resident, MB of 10^6 bytes) than allowed; WorkerLost when the process was killed by another, and
-    for an OSError, ImportError or MemoryError in it. What was yielded before stays good.
+    held 95 % of the memory (resident, MB of 10^6 bytes) that it may; WorkerLost when the process was killed by another,
+    and for an OSError, ImportError or MemoryError in it. What was yielded before stays good.
     """
     ours, theirs = Pipe()
     with tempfile.TemporaryFile() as words:
@@ -169,8 +169,8 @@ class _Watch(threading.Thread):
             resident = _resident_mb(self._child.pid)
             if resident > _MEMORY_SHARE * self._limit:
                 self.reason = (
-                    f"held {resident:.0f} MB of memory, with video.memory_limit_mb={self._limit}: the process was "
-                    f"ended. Allow it more: --set video.memory_limit_mb={2 * self._limit}"
+                    f"held {resident:.0f} MB of memory, 95 % of video.memory_limit_mb={self._limit} or more: the "
+                    f"process was ended. Allow it more: --set video.memory_limit_mb={2 * self._limit}"
                 )
             elif not self._paused and time.monotonic() > self._end:
                 self.reason = (

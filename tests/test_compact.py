@@ -111,6 +111,14 @@ def test_what_a_crash_left_is_published_or_removed(store: Store, monkeypatch: py
     assert {path.stem for path in records} == {path.stem for path in files_of(store, ".lance")}
 
 
+def test_halves_of_files_that_a_crash_left_are_removed(store: Store) -> None:
+    halves = [store.root / folder / "candidates" / ".x.json.0123abcd.tmp" for folder in ("_ledger", "_digests")]
+    for half in halves:
+        half.write_text("{")
+    compact.compact(store, "candidates", rows=9, older_than=NOW)
+    assert not any(half.exists() for half in halves)
+
+
 def test_a_worker_that_outlived_its_run_loses_its_files_to_a_clean_up_and_its_unit_is_done_again(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -205,14 +205,24 @@ def test_time_stamps_that_contradict_the_order_are_an_error(tmp_path: Path) -> N
     assert [frame[1] for frame in shown(whole(again))] == list(range(COUNT))
 
 
-def test_damage_before_the_border_costs_the_segment_before_it_alone(tmp_path: Path) -> None:
-    path = write_film(tmp_path / "film.mp4", numbered(COUNT), gop=12, encoder={"bf": "0"})
-    whole_frames = [frame[0] for frame in shown(from_second(path, 1), decode_in_order)]
-    assert whole_frames[0] == 24
-    _zero_packet(path, 40)  # 1.67 s: in the overlap
-    assert [frame[0] for frame in shown(from_second(path, 1), decode_in_order)] == [i for i in whole_frames if i >= 48]
+@pytest.mark.parametrize("frames", ["shots", "keyframes", "interval"])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_damage_before_the_border_costs_the_segment_before_it_alone(
+    tmp_path: Path, frames: str, interlaced: bool
+) -> None:
+    config = VideoConfig(overlap_seconds=1, frames=frames, interval_seconds=0.5)  # type: ignore[arg-type]
+    options = {"x264-params": "keyint=12:scenecut=0:bframes=0" + ":tff=1" * interlaced}
+    path = write_film(tmp_path / "film.mp4", numbered(COUNT), encoder=options)
+
+    def found(start: float) -> list[int]:
+        segment = replace(whole(path), start=start, end=start + 1 if start < 2 else 9)
+        return [index for index, *_ in decode_in_order(segment, config)]
+
+    undamaged = found(2)
+    _zero_packet(path, 36)  # a key frame, 1.5 s: in the overlap
+    assert found(2) == [index for index in undamaged if index >= 48]
     with pytest.raises(RuntimeError):
-        shown(from_second(path, 0), decode_in_order)
+        found(1)
 
 
 def test_a_film_whose_first_frame_is_damaged_is_read_behind_it(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ def test_a_format_that_states_no_length_misses_nothing(tmp_path: Path, name: str
     assert bytes_missing(io.BytesIO(path.read_bytes()[:-100]), named(path)) == 0
 
 
+def test_an_avi_that_was_written_to_a_pipe_misses_nothing() -> None:
+    assert bytes_missing(io.BytesIO(b"RIFF\xff\xff\xff\xffAVI " + bytes(100)), "avi") == 0
+
+
 @pytest.mark.parametrize("container", ["mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"])
 @pytest.mark.parametrize("data", [b"", b"\0", b"\0" * 40, b"RIFF", b"\x1a", b"\x1a\x45\xdf\xa3\x01", bytes(range(64))])
 def test_any_bytes_can_be_asked(container: str, data: bytes) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from factory import pipeline, schema, settings, status
 from factory.__main__ import SOURCES_FAILED, UNFINISHED, USAGE, main
-from factory.candidates import candidate_frames
+from factory.candidates import candidate_frames, failed_candidate
 from factory.config import FactoryConfig, micro
 from factory.sources import describe_source, find_sources, segments_of
 from factory.store import Store
@@ -183,6 +183,21 @@ def test_a_segment_that_was_too_slow_is_tried_again_with_other_limits(
     pipeline.build(store, paths, _config())
     assert contents(tmp_path / "root") == contents(small_dataset)
     assert verify(store).damaged == []
+
+
+def test_a_segment_that_is_done_has_no_row_that_says_it_took_too_long(
+    ray_session: str, small_dataset: Path, films: Path, tmp_path: Path
+) -> None:
+    """Its worker died after it entered that row into the ledger, and another one was quicker."""
+    root = tmp_path / "root"
+    shutil.copytree(small_dataset, root)
+    store, config = Store(str(root)), _config()
+    source = store.table("sources").to_table().to_pylist()[0]
+    segment = segments_of(source)[0]
+    failed = failed_candidate(segment, 0.0, "not finished", config.video.limits)
+    store.write_unit("candidates", segment.within(config.video.limits), [failed])
+    pipeline.build(store, find_sources([str(films)]), config)
+    assert contents(root) == contents(small_dataset)
 
 
 def test_a_source_keeps_its_split(ray_session: str, small_dataset: Path, tmp_path: Path) -> None:

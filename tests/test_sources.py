@@ -23,7 +23,7 @@ from factory import pipeline, schema, settings, tasks, worker
 from factory.config import FactoryConfig, micro
 from factory.decode import decode
 from factory.sources import describe_source, find_sources, segments_of
-from factory.store import UNITS, Store
+from factory.store import UNITS, NotFinished, Store
 from factory.video import VideoConfig
 from tests.conftest import REPO
 from tests.footage import patterns, write_film
@@ -319,6 +319,30 @@ def test_sources_of_the_lots_before_a_crash_are_not_read_again(
     rows, expected = (s.table("sources").to_table().sort_by("source_id").to_pylist() for s in (store, whole))
     assert rows == expected
     assert sorted(Path(row["uri"]).name for row in rows) == ["a.mp4", "b.mp4", "d.mp4", "e.mp4"]
+
+
+def test_a_file_that_no_worker_survives_holds_no_other_up(
+    ray_session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("a.mp4", 3), ("b.mp4", 4), ("c.mp4", 5)):
+        write_film(tmp_path / name, patterns(count, 4))
+    store, run_tasks = Store(str(tmp_path / "root")), pipeline.run_tasks
+    store.create()
+
+    def deadly(stage: str, task: Any, rows: list[Any], *args: Any) -> Iterator[Any]:
+        spared = [row for row in rows if not row["uris"][0].endswith("b.mp4")]
+        yield from run_tasks(stage, task, spared, *args)
+        if len(spared) < len(rows):
+            raise NotFinished("b.mp4 has no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_tasks", deadly)
+        patch.setattr(pipeline, "_UNITS_PER_LOT", 2)
+        with pytest.raises(NotFinished, match=r"b\.mp4 has no answer"):
+            pipeline.add_sources(store, find_sources([str(tmp_path)]), _config())
+    uris = store.table("sources").to_table(columns=["uri"])["uri"].to_pylist()
+    assert sorted(Path(uri).name for uri in uris) == ["a.mp4", "c.mp4"]
+    assert len(pipeline.add_sources(store, find_sources([str(tmp_path)]), _config())) == 3
 
 
 def test_one_source_more_than_fifty_is_the_only_one_that_is_read_and_decoded(
