@@ -21,7 +21,6 @@ from factory.decode import decode, decode_in_order
 from factory.fetch import SourceChanged, check_unchanged, retried, unread
 from factory.locations import copy_stream
 from factory.picture import encode_jpeg
-from factory.schema import frame_id
 from factory.scores import scores
 from factory.shots import Shot, find_shots
 from factory.timeline import Timeline, read_timeline
@@ -78,7 +77,7 @@ def picture_candidates(segments: list[Segment], config: VideoConfig) -> Iterator
 def failed_candidate(segment: Segment, after: float, reason: str, limits: str = "") -> dict[str, Any]:
     """Return the `candidates` row that says from where on, in s, a segment is not read, or not within `limits`."""
     # by the segment, which has one such row at most: two may break at the same time
-    key = f"{frame_id(segment.source_id, segment.start)}-failed"
+    key = f"{segment.frame_id(segment.start)}-failed"
     return {
         "frame_id": f"{key}-{limits}" if limits else key,
         "source_id": segment.source_id,
@@ -128,12 +127,12 @@ def _row(
         found = scores(picture) | {"subtitle_height": below}
     jpeg = encode_jpeg(picture, config.jpeg_quality)
     return {
-        "frame_id": frame_id(segment.source_id, timestamp),
+        "frame_id": segment.frame_id(timestamp),
         "source_id": segment.source_id,
         "segment_id": segment.segment_id,
         "frame_index": index,
         "timestamp": timestamp,
-        "shot": frame_id(segment.source_id, start),
+        "shot": segment.frame_id(start),
         "shot_start": start,
         "shot_end": end,
         "width": picture.shape[1],

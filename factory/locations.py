@@ -15,7 +15,6 @@ from pathlib import PurePath
 from typing import BinaryIO
 from urllib.parse import quote, unquote, urlsplit
 
-from fsspec.utils import glob_translate
 from pyarrow import fs
 
 from factory.settings import UsageError
@@ -99,6 +98,8 @@ def _in_folder(location: str, suffixes: Collection[str]) -> set[str]:
 
 
 def _objects(location: str, suffixes: Collection[str]) -> set[str]:
+    from fsspec.utils import glob_translate
+
     store, path = _store(location), str(path_of(location))
     info = store.get_file_info(path)
     if info.type == fs.FileType.File:

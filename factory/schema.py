@@ -146,11 +146,6 @@ BLOBS = {
 }
 
 
-def frame_id(source_id: str, timestamp: float) -> str:
-    """Return the key of the frame `timestamp` seconds after the first: `<source_id[:16]>-<microseconds>`."""
-    return f"{source_id[:16]}-{round(timestamp * 1e6):012d}"
-
-
 def is_blob(field: pa.Field) -> bool:
     """Return whether `field` is a Lance blob column."""
     return getattr(field.type, "extension_name", "") == "lance.blob.v2"

