@@ -1,4 +1,7 @@
-"""The long proof of the micro family: an adapter of five minutes brings its references through."""
+"""The long proof of the micro family: an adapter of five minutes brings its references through.
+
+The minutes are those of a clock: on two cores, with nothing beside it.
+"""
 
 from __future__ import annotations
 
