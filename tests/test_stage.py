@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -159,3 +162,31 @@ def _scraped(of_stage: str, names: set[str]) -> dict[str, float]:
         with urllib.request.urlopen(url, timeout=10) as page:
             found = {name: float(value) for name, value in line.findall(page.read().decode())}
     return found
+
+
+def test_what_the_caller_set_for_ray_data_stays(ray_session: str) -> None:
+    import ray.data
+
+    held = ray.data.DataContext.get_current()
+    before = (held.enable_progress_bars, held.print_on_execution_start, held.max_errored_blocks)
+
+    def double(row: dict) -> dict:
+        return {"n": 2 * row["n"]}
+
+    assert -1 not in before[2:], "else this test could not fail"
+    answers = stage.run_tasks("double", double, [{"n": 1, "amount": 1}, {"n": 2, "amount": 1}], micro())
+    assert sorted(row["n"] for row in answers) == [2, 4]
+    assert ray.data.DataContext.get_current() is held
+    assert (held.enable_progress_bars, held.print_on_execution_start, held.max_errored_blocks) == before
+
+
+def test_a_stage_that_asks_for_more_cores_than_there_are_does_not_wait_for_ever() -> None:
+    script = (
+        "import os, ray; from factory.session import ray_session\n"
+        "with ray_session(os.cpu_count() + 3): print(ray.cluster_resources()['CPU'] - os.cpu_count())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["3.0"]
