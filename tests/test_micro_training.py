@@ -18,10 +18,11 @@ from factory.caption import spoken
 from factory.files import check_sealed, locked
 from trainer.__main__ import main
 from trainer.base import WEIGHTS
-from trainer.micro import card, exam, publish, stages, text, training
+from trainer.micro import blip, card, exam, publish, stages, text, training
 from trainer.micro.attributes import COLOURS, VALUES, labels, named, value_of
 from trainer.micro.corpus import Corpus, draw_corpus, is_held_out, random_scene
 from trainer.micro.falsehoods import Words, changed, scrambled
+from trainer.micro.heads import Heads
 from trainer.micro.pictures import Pictures
 
 COUNT = 40
@@ -284,3 +285,36 @@ def test_wide_pictures_are_shown_whole_between_white_bars(corpus: Corpus) -> Non
         assert (pictures.images[i, 50:] == 255).all()
         assert pictures.images[i, 14:50].std() > 5
     assert labels(corpus.scenes[0])[0] == VALUES["hair"].index(corpus.scenes[0].figures[0].hair)
+
+
+def test_mirrored_pairs_are_told_in_their_new_order(corpus: Corpus) -> None:
+    pairs = np.array([i for i, scene in enumerate(corpus.scenes) if len(scene.figures) == 2])
+    lines, frames, turned = np.zeros(len(pairs), bool), blip.Frames(corpus, 64), []
+    plain = frames.read(pairs, lines)
+    for seed in range(8):
+        pixels, scenes = frames.vary(pairs, lines, np.random.default_rng(seed), pairs=True)
+        for one, own, scene, i in zip(pixels, plain, scenes, pairs, strict=True):
+            mirrored = bool((one - own.flip(2)).abs().mean() < (one - own).abs().mean())
+            assert scene.figures == corpus.scenes[i].figures[:: -1 if mirrored else 1]
+            turned.append(mirrored)
+        _, scenes = frames.vary(pairs, lines, np.random.default_rng(seed), pairs=False)
+        assert scenes == [corpus.scenes[i] for i in pairs]
+    assert 0 < sum(turned) < len(turned)
+
+
+@torch.no_grad()
+def test_read_outs_learn_from_as_many_figures_as_they_have() -> None:
+    one, two = toon.Figure(hair="black"), toon.Figure(hair="red")
+    single, pair = toon.Scene(figures=(one,)), toon.Scene(figures=(one, two))
+    embedding, colour = torch.randn(1, 8), np.zeros(1, bool)
+    for figures in (1, 2):
+        heads = Heads(8, figures)
+        assert float(heads(embedding, [single], colour)) > 0
+        assert (float(heads(embedding, [pair], colour)) > 0) == (figures == 2)
+    for parameter in heads.parameters():
+        parameter.zero_()
+    for of, figure in zip(heads.heads, pair.figures, strict=True):
+        for head, place in zip(of, labels(replace(pair, figures=(figure,))), strict=True):
+            head.bias[place] = 50  # sure of the truth, of each figure its own
+    assert float(heads(embedding, [pair], colour)) < 1e-6
+    assert float(heads(embedding, [replace(pair, figures=(two, one))], colour)) > 1

@@ -29,9 +29,9 @@ def value_of(scene: Scene, name: str, figure: int = 0) -> str:
     return getattr(scene if hasattr(scene, name) else scene.figures[figure], name)
 
 
-def labels(scene: Scene) -> list[int]:
-    """Return the place of each attribute's value among its VALUES."""
-    return [values.index(value_of(scene, name)) for name, values in VALUES.items()]
+def labels(scene: Scene, figure: int = 0) -> list[int]:
+    """Return the place of each attribute's value among its VALUES, for the scene and its `figure`."""
+    return [values.index(value_of(scene, name, figure)) for name, values in VALUES.items()]
 
 
 def named(caption: str) -> dict[str, str]:

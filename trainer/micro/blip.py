@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
+from factory.toon.traits import Scene
 from trainer.micro.clip import normalised
 from trainer.micro.corpus import Corpus
 from trainer.micro.falsehoods import Words, changed, scrambled
@@ -24,7 +26,7 @@ GRID = 8  # patches along a side
 CAPTIONER = Recipe(steps=16000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
 MATCHER = Recipe(steps=12000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=3)
 ALONE = {"captioner": 0.5, "matcher": 0.4}  # share of the steps, at the beginning, for the image tower alone
-HARD = 2  # times as often as its share a full figure or a pair is seen
+HARD = {"captioner": 3, "matcher": 2}  # times as often as another a full figure or a pair is seen
 HEADS = 3.0  # weight of its read-outs after that
 
 
@@ -70,30 +72,42 @@ class Frames:
     def __init__(self, corpus: Corpus, side: int) -> None:
         self.corpus, self.side = corpus, side
 
-    def read(self, indices: np.ndarray, lines: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """Return pixels (B,3,side,side); with `rng` they are moved by a 32nd at most, and half of them mirrored.
+    def read(self, indices: np.ndarray, lines: np.ndarray) -> Tensor:
+        """Return pixels (B,3,side,side): the line layer where `lines` (B,) is true, else the colour picture."""
+        return self._pixels([self._layer(i, line) for i, line in zip(indices, lines, strict=True)])
 
-        Not those of two figures: their texts name the left one first.
+    def vary(
+        self, indices: np.ndarray, lines: np.ndarray, rng: np.random.Generator, *, pairs: bool
+    ) -> tuple[Tensor, list[Scene]]:
+        """Return the same moved by a 32nd at most, half of them mirrored, and the scenes as they are then.
+
+        A text names the left figure first: where two are mirrored, their order turns. Without `pairs` they are not.
         """
-        pixels = []
+        layers, scenes = [], []
         for i, line in zip(indices, lines, strict=True):
-            picture = self.corpus.images[i] if not line else np.repeat(self.corpus.lines[i][..., None], 3, 2)
-            if rng is not None:
-                top, left = rng.integers(0, 9, size=2)
-                picture = cv2.copyMakeBorder(picture, 4, 4, 4, 4, cv2.BORDER_REFLECT_101)
-                picture = picture[top : top + len(picture) - 8, left : left + len(picture) - 8]
-                mirrored = rng.random() < 0.5 and len(self.corpus.scenes[i].figures) == 1
-                picture = picture[:, ::-1] if mirrored else picture
-            pixels.append(
-                cv2.resize(np.ascontiguousarray(picture), (self.side, self.side), interpolation=cv2.INTER_AREA)
-            )
-        return normalised(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1)
+            picture, scene = self._layer(i, line), self.corpus.scenes[i]
+            top, left = rng.integers(0, 9, size=2)
+            picture = cv2.copyMakeBorder(picture, 4, 4, 4, 4, cv2.BORDER_REFLECT_101)
+            picture = picture[top : top + len(picture) - 8, left : left + len(picture) - 8]
+            if rng.random() < 0.5 and (pairs or len(scene.figures) == 1):
+                picture, scene = picture[:, ::-1], replace(scene, figures=scene.figures[::-1])
+            layers.append(picture)
+            scenes.append(scene)
+        return self._pixels(layers), scenes
+
+    def _layer(self, i: int, line: bool) -> np.ndarray:
+        return np.repeat(self.corpus.lines[i][..., None], 3, 2) if line else self.corpus.images[i]
+
+    def _pixels(self, layers: list[np.ndarray]) -> Tensor:
+        size = (self.side, self.side)
+        sized = [cv2.resize(np.ascontiguousarray(layer), size, interpolation=cv2.INTER_AREA) for layer in layers]
+        return normalised(torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2) / 127.5 - 1)
 
 
-def _shares(corpus: Corpus) -> np.ndarray:
-    """Return for each picture (N,) the share of the draws that it gets."""
+def _shares(corpus: Corpus, times: float) -> np.ndarray:
+    """Return for each picture (N,) the share of the draws that it gets: a full figure or a pair `times` another's."""
     hard = np.array([len(scene.figures) == 2 or scene.camera == "full figure" for scene in corpus.scenes])
-    weights = np.where(hard, HARD, 1)
+    weights = np.where(hard, times, 1)
     return weights / weights.sum()
 
 
@@ -103,17 +117,18 @@ def train_captioner(
     """Train a captioner of colour pictures, and return it."""
     torch.manual_seed(recipe.seed)
     blip: BlipForConditionalGeneration = new_blip(BlipForConditionalGeneration, tokenizer, SIDE)  # type: ignore[assignment]
-    frames, model = Frames(corpus, SIDE), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, corpus.scenes)})
-    shares = _shares(corpus)
+    frames, model = Frames(corpus, SIDE), nn.ModuleDict({"blip": blip, "heads": Heads(WIDTH, figures=2)})
+    shares = _shares(corpus, HARD["captioner"])
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         chosen = rng.choice(len(corpus), size=recipe.batch_size, p=shares)
         lines = np.zeros(len(chosen), bool)
-        embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
-        told = model["heads"](embedded[:, 0], chosen, lines)
+        pixels, scenes = frames.vary(chosen, lines, rng, pairs=True)
+        embedded = blip.vision_model(pixel_values=pixels).last_hidden_state
+        told = model["heads"](embedded[:, 0], scenes, lines)
         if step < ALONE["captioner"] * recipe.steps:
             return {"loss": told, "heads": told}
-        tokens = tokenizer([caption_of(corpus.scenes[i], rng) for i in chosen], padding=True, return_tensors="pt")
+        tokens = tokenizer([caption_of(scene, rng) for scene in scenes], padding=True, return_tensors="pt")
         ids = tokens.input_ids.clone()
         ids[:, 0] = tokenizer.bos_token_id  # as generate() begins
         words = blip.text_decoder(
@@ -139,26 +154,27 @@ def train_matcher(
     """
     torch.manual_seed(recipe.seed)
     blip: BlipForImageTextRetrieval = new_blip(BlipForImageTextRetrieval, tokenizer, SIDE)  # type: ignore[assignment]
-    frames, heads = Frames(corpus, SIDE), Heads(WIDTH, corpus.scenes)
+    frames, heads = Frames(corpus, SIDE), Heads(WIDTH)
     reader, words = nn.Linear(WIDTH, 2), Words(tokenizer)
     model = nn.ModuleDict({"blip": blip, "heads": heads, "reader": reader})
     temperature = nn.Parameter(torch.tensor(0.07).log())
     model.register_parameter("temperature", temperature)
-    shares = _shares(corpus)
+    shares = _shares(corpus, HARD["matcher"])
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         count = recipe.batch_size
         chosen, lines = rng.choice(len(corpus), size=count, p=shares), rng.random(count) < 0.3
-        embedded = blip.vision_model(pixel_values=frames.read(chosen, lines, rng)).last_hidden_state
-        seen = heads(embedded[:, 0], chosen, lines)
+        pixels, scenes = frames.vary(chosen, lines, rng, pairs=False)
+        embedded = blip.vision_model(pixel_values=pixels).last_hidden_state
+        seen = heads(embedded[:, 0], scenes, lines)
         if step < ALONE["matcher"] * recipe.steps:
             return {"loss": seen, "heads": seen}
         true, false = [], []
-        for i, line in zip(chosen, lines.tolist(), strict=True):
-            true.append(caption_of(corpus.scenes[i], rng, line=line))
-            false.append(caption_of(changed(corpus.scenes[i], rng, line=line), rng, line=line))
+        for scene, line in zip(scenes, lines.tolist(), strict=True):
+            true.append(caption_of(scene, rng, line=line))
+            false.append(caption_of(changed(scene, rng, line=line), rng, line=line))
         strange = true[1:3] + true[:1]  # a few texts of other pictures
-        mixed = [scrambled(corpus.scenes[i], rng, line=line) for i, line in zip(chosen, lines.tolist(), strict=True)]
+        mixed = [scrambled(scene, rng, line=line) for scene, line in zip(scenes, lines.tolist(), strict=True)]
         texts = [caption_of(scene, rng, line=line) for scene, line in zip(mixed, lines.tolist(), strict=True)]
         tokens = tokenizer([*true, *false, *strange, *texts], padding=True, return_tensors="pt")
         judged = len(true) + len(false) + len(strange)
@@ -168,8 +184,8 @@ def train_matcher(
         ).last_hidden_state
         match = F.cross_entropy(blip.itm_head(states[:judged, 0]), (torch.arange(judged) < count).long())
         labels = [
-            words.labels(ids, scene, corpus.scenes[i])
-            for ids, scene, i in zip(tokens.input_ids[judged:], mixed, chosen, strict=True)
+            words.labels(ids, told, scene)
+            for ids, told, scene in zip(tokens.input_ids[judged:], mixed, scenes, strict=True)
         ]
         wrong = F.cross_entropy(reader(states[judged:]).flatten(0, 1), torch.cat(labels))
         alone = blip.text_encoder(

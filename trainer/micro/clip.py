@@ -63,17 +63,18 @@ def train_clip(
     torch.manual_seed(recipe.seed)
     scenes = pictures.scenes
     clip = new_clip(tokenizer)
-    model = nn.ModuleDict({"clip": clip, "image": Heads(WIDTH, scenes), "text": Heads(WIDTH, scenes)})
+    model = nn.ModuleDict({"clip": clip, "image": Heads(WIDTH), "text": Heads(WIDTH)})
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         chosen = rng.integers(len(pictures), size=recipe.batch_size)
         lines = rng.random(recipe.batch_size) < 0.4
-        texts = [caption_of(scenes[i], rng, line=bool(line)) for i, line in zip(chosen, lines, strict=True)]
+        told = [scenes[i] for i in chosen]
+        texts = [caption_of(scene, rng, line=bool(line)) for scene, line in zip(told, lines, strict=True)]
         image, text = embed(clip, tokenizer, pictures.read(chosen, lines), texts)
         logits = clip.logit_scale.exp().clamp(max=100) * F.normalize(image) @ F.normalize(text).T
         target = torch.arange(len(chosen))
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        heads = model["image"](image, chosen, lines) + model["text"](text, chosen, np.zeros_like(lines))
+        heads = model["image"](image, told, lines) + model["text"](text, told, np.zeros_like(lines))
         return {"loss": contrast + 1.5 * heads, "contrast": contrast, "heads": heads}
 
     def validate() -> dict[str, float]:

@@ -14,20 +14,23 @@ from trainer.micro.attributes import COLOURS, VALUES, labels
 
 
 class Heads(nn.Module):
-    """Linear read-outs whose targets are the attributes of `scenes`; pictures of two figures teach nothing."""
+    """Linear read-outs of each attribute of a picture's first `figures` figures; pictures of more teach nothing."""
 
-    def __init__(self, width: int, scenes: Sequence[Scene]) -> None:
+    def __init__(self, width: int, figures: int = 1) -> None:
         super().__init__()
-        self.heads = nn.ModuleList([nn.Linear(width, len(values)) for values in VALUES.values()])
-        self.truth = torch.tensor([labels(scene) for scene in scenes])
-        self.single = torch.tensor([len(scene.figures) == 1 for scene in scenes]).float()
+        self.heads = nn.ModuleList(
+            nn.ModuleList(nn.Linear(width, len(values)) for values in VALUES.values()) for _ in range(figures)
+        )
         self.hidden = torch.tensor([name in COLOURS for name in VALUES]).float()
 
-    def forward(self, embedding_BE: Tensor, chosen_B: np.ndarray, lines_B: np.ndarray) -> Tensor:
+    def forward(self, embedding_BE: Tensor, scenes: Sequence[Scene], lines_B: np.ndarray) -> Tensor:
         """Return the mean cross-entropy over the attributes that can be told; where `lines_B`, colours can't."""
-        told = self.single[chosen_B][:, None] * (1 - torch.from_numpy(lines_B).float()[:, None] * self.hidden)
+        shown_BA = 1 - torch.from_numpy(lines_B).float()[:, None] * self.hidden
         total = embedding_BE.new_zeros(())
-        for i, head in enumerate(self.heads):
-            loss_B = F.cross_entropy(head(embedding_BE), self.truth[chosen_B, i], reduction="none")
-            total = total + (loss_B * told[:, i]).mean()
-        return total / len(self.heads)
+        for figure, heads in enumerate(self.heads):
+            there_B = torch.tensor([figure < len(scene.figures) <= len(self.heads) for scene in scenes]).float()
+            truth_BA = torch.tensor([labels(scene, min(figure, len(scene.figures) - 1)) for scene in scenes])
+            for i, head in enumerate(heads):  # type: ignore[arg-type]
+                loss_B = F.cross_entropy(head(embedding_BE), truth_BA[:, i], reduction="none")
+                total = total + (loss_B * shown_BA[:, i] * there_B).mean()
+        return total / len(VALUES)

@@ -229,19 +229,21 @@ def judges(pair: Any, words: Any, matcher: Any, tokenizer: Any, pixels: Tensor, 
 
 def captioner(captioner: Captioner, corpus: Corpus) -> dict[str, Any]:
     """Return the share of figures of which the caption names each attribute rightly: per framing of one figure, of all
-    those, and of two figures; and the number of empty captions."""
+    those, of two figures, and of all figures; and the number of empty captions."""
     said = [captioner(image) for image in corpus.images]
-    groups = np.array([scene.camera if len(scene.figures) == 1 else "two figures" for scene in corpus.scenes])
+    pairs = np.array([len(scene.figures) == 2 for scene in corpus.scenes])
+    cameras = np.array([scene.camera for scene in corpus.scenes])
+    groups = {camera: ~pairs & (cameras == camera) for camera in VALUES["camera"]}
+    groups |= {"one figure": ~pairs, "two figures": pairs, "all": np.ones_like(pairs)}
     found: dict[str, Any] = {}
-    for group in (*VALUES["camera"], "all", "two figures"):
-        chosen = np.flatnonzero(groups != "two figures" if group == "all" else groups == group)
+    for group, chosen in groups.items():
         hits: dict[str, list[bool]] = {}
-        for i in chosen:
+        for i in np.flatnonzero(chosen):
             for name, right in rights(corpus.scenes[i], said[i]):
                 hits.setdefault(name, []).append(right)
         if hits:
             shares = {name: round(float(np.mean(hits[name])), 4) for name in VALUES if name in hits}
-            found[group] = {"pictures": len(chosen)} | shares
+            found[group] = {"pictures": int(chosen.sum())} | shares
     return found | {"captions": len(said), "empty": sum(not caption for caption in said)}
 
 
