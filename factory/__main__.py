@@ -13,7 +13,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from factory.config import FactoryConfig
+    from factory.sketch.engine import Corner
     from factory.store import Store
 
 DONE, UNFINISHED, USAGE, SOURCES_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -32,8 +35,11 @@ _VERBS = {
         ("select --root /data/anime --set selection.min_sharpness=80",),
     ),
     "sketch": (
-        "draw the sketches that are missing or stale",
-        ("sketch --root /data/anime --set sketch.size=2048",),
+        "draw the sketches of a dataset that are missing or stale, or that of one picture",
+        (
+            "sketch --root /data/anime --set sketch.size=2048",
+            "sketch --image frame.png --output lines.png --size 10240 --converter xdog",
+        ),
     ),
     "caption": (
         "write the captions that are missing or stale",
@@ -76,6 +82,13 @@ _ON_A_CLUSTER = 'ray job submit --working-dir . -- python -m factory build "$PWD
 _SOURCES = "films and still pictures: files, folders, or globs in quotes; local paths, s3:// or gs:// URIs"
 
 
+# options that are short for a --set
+_SHORT = {
+    "build": (("video", "frames"),),
+    "sketch": (("sketch", "converter"), ("sketch", "size"), ("sketch", "tile")),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     examples = [f"  python -m factory {examples[0]}" for _, examples in _VERBS.values()]
@@ -99,8 +112,16 @@ def _parser() -> argparse.ArgumentParser:
                 "video.interval_seconds; the same as --set video.frames=...",
             )
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
+        elif verb == "sketch":
+            sub.add_argument("--image", metavar="FILE", help="one picture in place of a dataset; needs --output")
+            sub.add_argument("--output", metavar="FILE", help="where its lines go: a PNG")
+            sub.add_argument("--converter", choices=("micro", "xdog"), help="the same as --set sketch.converter=...")
+            sub.add_argument("--size", type=int, metavar="N", help="long side in pixels; --set sketch.size=N")
+            sub.add_argument("--tile", type=int, metavar="N", help="side of a tile in pixels; --set sketch.tile=N")
         made = "; made if absent" if verb == "build" else ""
-        sub.add_argument("--root", required=verb != "config", help=f"folder of the dataset's tables{made}")
+        sub.add_argument(
+            "--root", required=verb not in ("config", "sketch"), help=f"folder of the dataset's tables{made}"
+        )
         if verb in ("status", "verify"):
             sub.add_argument("--json", action="store_true", help="print all of it as JSON")
         elif verb == "compact":
@@ -133,7 +154,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(verb, _VERBS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(_VERBS)}."
         parser.error(f"no verb {verb!r}. {hint}")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if verb == "sketch" and (args.root is None) == (args.image is None):
+        parser.error("sketch takes a dataset's --root, or one picture: --image FILE --output FILE")
+    if verb == "sketch" and (args.image is None) != (args.output is None):
+        parser.error("--image and --output go together")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         own = {"config": _config, "status": _status, "report": _report}
         own |= {"verify": _verify, "tag": _tag, "compact": _compact}
+        own |= {"sketch": _picture} if args.verb == "sketch" and args.image else {}
         return own.get(args.verb, _run)(args)
     except UsageError as error:
         print(told(error), file=sys.stderr)
@@ -182,8 +209,9 @@ def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
             owner = "build" if stage == "decode" else stage
             raise UsageError(f"--set {item}: {args.verb} does not use it. Give it to {owner}.")
     kept = _kept(store) if store is not None and not args.preset else None
-    frames = [f"video.frames={args.frames}"] if args.verb == "build" and args.frames else []
-    return load(kept or PRESETS[args.preset or "micro"](), args.config, [*frames, *args.set])
+    given = {f"{group}.{name}": getattr(args, name) for group, name in _SHORT.get(args.verb, ())}
+    short = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return load(kept or PRESETS[args.preset or "micro"](), args.config, [*short, *args.set])
 
 
 def _kept(store: Store) -> FactoryConfig | None:
@@ -276,6 +304,40 @@ def _run(args: argparse.Namespace) -> int:
     sources = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
     failed = any(row["status"] in ("failed", "partial") for row in sources if row["source_id"] in built)
     return SOURCES_FAILED if failed and not args.allow_failures else DONE
+
+
+def _picture(args: argparse.Namespace) -> int:
+    """Draw the lines of one picture."""
+    from pathlib import Path
+
+    from factory.files import write_atomic
+    from factory.picture import encode_png
+    from factory.settings import UsageError, absolute
+    from factory.sketch.engine import sketch
+    from factory.stage import Progress
+    from factory.still import MAX_BYTES, decode
+
+    path, output = Path(absolute(args.image, "--image")), Path(absolute(args.output, "--output"))
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"--output {args.output}: lines are written as PNG. Give it a name that ends in .png.")
+    config = _settings(args, None).sketch
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"the file is larger than {MAX_BYTES / 1e9:.1f} GB")
+        image = decode(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--image {args.image}: {getattr(error, 'strerror', None) or error}.") from None
+
+    def watched(tiles: list[Corner]) -> Iterator[Corner]:
+        progress = Progress("sketch", "tiles", len(tiles))
+        for tile in tiles:
+            yield tile
+            progress.step()
+
+    lines = sketch(image, config, watch=watched)
+    write_atomic(output, encode_png(lines))
+    print(f"{output}: {lines.shape[1]} x {lines.shape[0]} px")
+    return DONE
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -20,6 +20,14 @@ def encode_jpeg(image: np.ndarray, quality_level: int) -> bytes:
     return data.tobytes()
 
 
+def encode_png(picture: np.ndarray) -> bytes:
+    """Return the uint8 lines H,W as a PNG."""
+    done, data = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    if not done:
+        raise RuntimeError("a sketch could not be encoded as PNG")
+    return data.tobytes()
+
+
 def decode_image(data: bytes) -> np.ndarray:
     """Return an encoded picture as RGB uint8 H,W,3. Raises ValueError when it is none."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)

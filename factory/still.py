@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -69,6 +69,8 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image]:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is MAX_PIXELS
         try:
             image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError("it is no picture of a kind that is read: " + ", ".join(FORMATS)) from None
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None
     with image:

@@ -17,7 +17,7 @@ from factory.candidates import failed_candidate
 from factory.config import FactoryConfig
 from factory.fetch import check_unchanged, on_disk, unread
 from factory.locations import stamp
-from factory.picture import decode_image, encode_jpeg
+from factory.picture import decode_image, encode_jpeg, encode_png
 from factory.sketch import engine, tone
 from factory.sources import READ_BYTES_PER_SECOND, identify, unopened
 from factory.split import split_of
@@ -210,7 +210,7 @@ class DrawSketches:
         rows, damaged = [], []
         for sample, image in _pictures(self._store, task, damaged):
             lines = engine.sketch(image, self._config.sketch)
-            png = _png(lines)
+            png = encode_png(lines)
             small = engine.reduced(lines, _TRAINING_SIDE)
             rows.append(
                 {
@@ -220,7 +220,7 @@ class DrawSketches:
                     "sketch_height": lines.shape[0],
                     "sketch_sha256": hashlib.sha256(png).hexdigest(),
                     "ink_ratio": tone.ink_ratio(lines),
-                    "training_sketch": _png(small) if small is not lines else png,
+                    "training_sketch": encode_png(small) if small is not lines else png,
                     "thumbnail": _thumbnail(image, lines),
                     "stages": sample["stages"] | {"sketch": self._fingerprint},
                 }
@@ -300,13 +300,6 @@ def _picture(store: Store, name: str, address: int, row: dict[str, Any]) -> byte
 def unit(kind: str, keys: list[str]) -> str:
     """Return the name of the unit of work that writes the rows `keys`."""
     return f"{kind}-{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:24]}"
-
-
-def _png(picture: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 6])
-    if not done:
-        raise RuntimeError("a sketch could not be encoded as PNG")
-    return data.tobytes()
 
 
 def _thumbnail(image: np.ndarray, lines: np.ndarray) -> bytes:

@@ -145,7 +145,7 @@ def _png(width: int, height: int, rows: bytes = b"") -> bytes:
         ("moves.webp", _encoded(_wide(), "WEBP", save_all=True, append_images=[_wide("RGB", WHITE)]), "2 pictures"),
         ("moves.png", _encoded(_wide(), save_all=True, append_images=[_wide("RGB", WHITE)]), "2 pictures"),
         ("pages.tif", _encoded(_wide(), "TIFF", save_all=True, append_images=[_wide()]), "2 pictures"),
-        ("film.png", b"\x00\x00\x00\x18ftypmp42" + bytes(28), "cannot identify image file"),
+        ("film.png", b"\x00\x00\x00\x18ftypmp42" + bytes(28), "no picture of a kind that is read"),
     ],
     ids=["huge", "large", "strip", "webp", "png", "tiff", "film"],
 )

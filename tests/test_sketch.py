@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from factory.__main__ import DONE, USAGE, main
 from factory.sketch import engine, tone
 from factory.sketch.engine import SketchConfig, run_tiles, sketch
 from factory.sketch.xdog import XDoG, XDoGConfig
 from factory.toon import draw, random_scene
+from factory.toon.scene import Drawing
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,49 @@ def test_reduced_keeps_small_pictures() -> None:
     assert engine.reduced(picture, 1024).shape == (1024, 256)
     assert engine.reduced(picture[:100], 1024) is not None
     assert engine.reduced(picture[:100], 1024).shape == (100, 500)
+
+
+def test_one_picture_becomes_one_file(drawing: Drawing, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    picture, output = tmp_path / "a picture.png", tmp_path / "new/lines.png"
+    Image.fromarray(drawing.image).save(picture)
+    command = ["sketch", "--image", str(picture), "--output", str(output)]
+    assert main([*command, "--size", "640", "--tile", "256", "--converter", "xdog"]) == DONE
+    config = SketchConfig(converter="xdog", size=640, tile=256)
+    assert (cv2.imread(str(output), cv2.IMREAD_UNCHANGED) == sketch(drawing.image, config)).all()
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2].startswith("sketch   6/6 tiles, ")
+    assert told[-1] == f"{output}: 640 x 360 px"
+    assert main([*command, "--set", "sketch.size=240"]) == DONE, "the shipped network, over the lines of before"
+    assert cv2.imread(str(output), cv2.IMREAD_UNCHANGED).shape == (135, 240)
+    assert [path.name for path in output.parent.iterdir()] == ["lines.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--image", "gone.png", "--output", "lines.png"), "--image gone.png: No such file or directory."),
+        (("--image", "text.png", "--output", "lines.png"), "--image text.png: it is no picture of a kind that is"),
+        (("--image", "text.png", "--output", "lines.jpg"), "Give it a name that ends in .png."),
+        (("--image", "text.png", "--output", "lines.png", "--tile", "100"), "sketch.tile must be a multiple of 64"),
+        (("--image", "text.png"), "--image and --output go together"),
+        (("--root", "data", "--output", "lines.png"), "--image and --output go together"),
+        (("--root", "data", "--image", "text.png", "--output", "lines.png"), "takes a dataset's --root, or one"),
+        ((), "takes a dataset's --root, or one picture: --image FILE --output FILE"),
+    ],
+)
+def test_a_wrong_picture_or_option_is_told(
+    arguments: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    try:
+        code = main(["sketch", *arguments])
+    except SystemExit as left:
+        code = left.code
+    assert code == USAGE
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "lines.png").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -15,6 +17,7 @@ from factory.sketch import tone
 from factory.sketch.xdog import XDoG, XDoGConfig
 
 SHIPPED = "animesketch/sketch"  # the network that converter `micro` runs
+Corner = tuple[int, int]  # top and left of a tile
 VERSION = "2"  # raised when the same frame would give another sketch
 
 
@@ -62,13 +65,18 @@ class Converter(Protocol):
     def __call__(self, tile: np.ndarray, /) -> np.ndarray: ...
 
 
-def sketch(image: np.ndarray, config: SketchConfig) -> np.ndarray:
-    """Return the sketch of the RGB uint8 image H,W,3: uint8 H',W', ink dark on white 255."""
+def sketch(
+    image: np.ndarray, config: SketchConfig, *, watch: Callable[[list[Corner]], Iterable[Corner]] = iter
+) -> np.ndarray:
+    """Return the sketch of the RGB uint8 image H,W,3: uint8 H',W', ink dark on white 255.
+
+    `watch` wraps the list of tiles and yields them, as a progress bar does.
+    """
     height, width = image.shape[:2]
     scale = config.size / max(height, width) if config.size else 1.0
     out_height, out_width = max(1, round(height * scale)), max(1, round(width * scale))
     converter = new_converter(config, short_side=min(out_height, out_width))
-    lines = tone.levels(run_tiles(image, converter, size=(out_height, out_width), tile=config.tile))
+    lines = tone.levels(run_tiles(image, converter, size=(out_height, out_width), tile=config.tile, watch=watch))
     if not config.square or config.size is None:
         return lines
     page = np.full((config.size, config.size), 255, np.uint8)
@@ -86,7 +94,14 @@ def new_converter(config: SketchConfig, *, short_side: int) -> Converter:
     return Generator(find_model(SHIPPED))
 
 
-def run_tiles(image: np.ndarray, converter: Converter, *, size: tuple[int, int], tile: int) -> np.ndarray:
+def run_tiles(
+    image: np.ndarray,
+    converter: Converter,
+    *,
+    size: tuple[int, int],
+    tile: int,
+    watch: Callable[[list[Corner]], Iterable[Corner]] = iter,
+) -> np.ndarray:
     """Return the converter's lines, uint8, of the RGB uint8 image H,W,3 brought to `size` (height, width).
 
     Each tile is computed with the converter's halo around it and cropped: the result does not depend on the grid. The
@@ -97,12 +112,12 @@ def run_tiles(image: np.ndarray, converter: Converter, *, size: tuple[int, int],
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     scale_x, scale_y = width / image.shape[1], height / image.shape[0]
     lines = np.empty((height, width), np.uint8)
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
-            bottom, right = min(top + tile, height), min(left + tile, width)
-            piece = _enlarged(image, (left, top, right, bottom), converter.halo, scale_x, scale_y)
-            done = converter(piece)[converter.halo :, converter.halo :][: bottom - top, : right - left]
-            lines[top:bottom, left:right] = np.rint(done * 255).astype(np.uint8)
+    corners = list(itertools.product(range(0, height, tile), range(0, width, tile)))
+    for top, left in watch(corners):
+        bottom, right = min(top + tile, height), min(left + tile, width)
+        piece = _enlarged(image, (left, top, right, bottom), converter.halo, scale_x, scale_y)
+        done = converter(piece)[converter.halo :, converter.halo :][: bottom - top, : right - left]
+        lines[top:bottom, left:right] = np.rint(done * 255).astype(np.uint8)
     return lines
 
 
