@@ -82,11 +82,8 @@ _ON_A_CLUSTER = 'ray job submit --working-dir . -- python -m factory build "$PWD
 _SOURCES = "films and still pictures: files, folders, or globs in quotes; local paths, s3:// or gs:// URIs"
 
 
-# options that are short for a --set
-_SHORT = {
-    "build": (("video", "frames"),),
-    "sketch": (("sketch", "converter"), ("sketch", "size"), ("sketch", "tile")),
-}
+# verb -> settings that have an option of their own
+_SHORT = {"build": ("video.frames",), "sketch": ("sketch.converter", "sketch.size", "sketch.tile")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
             )
             sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
         elif verb == "sketch":
-            sub.add_argument("--image", metavar="FILE", help="one picture in place of a dataset; needs --output")
+            sub.add_argument(
+                "--image", metavar="FILE", help="one local picture in place of a dataset, by preset micro or another"
+            )
             sub.add_argument("--output", metavar="FILE", help="where its lines go: a PNG")
             sub.add_argument("--converter", choices=("micro", "xdog"), help="the same as --set sketch.converter=...")
             sub.add_argument("--size", type=int, metavar="N", help="long side in pixels; --set sketch.size=N")
@@ -175,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         own = {"config": _config, "status": _status, "report": _report}
         own |= {"verify": _verify, "tag": _tag, "compact": _compact}
-        own |= {"sketch": _picture} if args.verb == "sketch" and args.image else {}
+        own |= {"sketch": _picture} if args.verb == "sketch" and args.image is not None else {}
         return own.get(args.verb, _run)(args)
     except UsageError as error:
         print(told(error), file=sys.stderr)
@@ -209,7 +208,7 @@ def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
             owner = "build" if stage == "decode" else stage
             raise UsageError(f"--set {item}: {args.verb} does not use it. Give it to {owner}.")
     kept = _kept(store) if store is not None and not args.preset else None
-    given = {f"{group}.{name}": getattr(args, name) for group, name in _SHORT.get(args.verb, ())}
+    given = {name: getattr(args, name.rpartition(".")[2]) for name in _SHORT.get(args.verb, ())}
     short = [f"{name}={value}" for name, value in given.items() if value is not None]
     return load(kept or PRESETS[args.preset or "micro"](), args.config, [*short, *args.set])
 
@@ -308,18 +307,22 @@ def _run(args: argparse.Namespace) -> int:
 
 def _picture(args: argparse.Namespace) -> int:
     """Draw the lines of one picture."""
+    import os
     from pathlib import Path
 
-    from factory.files import write_atomic
+    from factory.files import make_folder, write_atomic
     from factory.picture import encode_png
     from factory.settings import UsageError, absolute
     from factory.sketch.engine import sketch
     from factory.stage import Progress
     from factory.still import MAX_BYTES, decode
 
+    for option, given in (("--image", args.image), ("--output", args.output)):
+        if "://" in given:
+            raise UsageError(f"{option} {given}: only a file on this machine is taken here.")
     path, output = Path(absolute(args.image, "--image")), Path(absolute(args.output, "--output"))
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"--output {args.output}: lines are written as PNG. Give it a name that ends in .png.")
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UsageError(f"--output {args.output}: lines are written as PNG. Give it a file's name that ends in .png.")
     config = _settings(args, None).sketch
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -327,6 +330,14 @@ def _picture(args: argparse.Namespace) -> int:
         image = decode(path.read_bytes())
     except (ValueError, OSError) as error:
         raise UsageError(f"--image {args.image}: {getattr(error, 'strerror', None) or error}.") from None
+    if output.exists() and output.samefile(path):
+        raise UsageError(f"--output {args.output} is the picture itself. Give another name.")
+    try:
+        make_folder(output.parent)
+    except OSError as error:
+        raise UsageError(f"--output {args.output}: {error.strerror}.") from None
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"--output {args.output}: its folder cannot be written to.")
 
     def watched(tiles: list[Corner]) -> Iterator[Corner]:
         progress = Progress("sketch", "tiles", len(tiles))
@@ -334,7 +345,11 @@ def _picture(args: argparse.Namespace) -> int:
             yield tile
             progress.step()
 
-    lines = sketch(image, config, watch=watched)
+    try:
+        lines = sketch(image, config, watch=watched)
+    except KeyboardInterrupt:
+        print("factory: stopped. Nothing was written.", file=sys.stderr)
+        return INTERRUPTED
     write_atomic(output, encode_png(lines))
     print(f"{output}: {lines.shape[1]} x {lines.shape[0]} px")
     return DONE

@@ -47,6 +47,15 @@ def decode(data: bytes) -> np.ndarray:
 
     16-bit grey becomes 8 bit. ValueError or OSError, in words, for what is refused or damaged.
     """
+    try:
+        return _decoded(data)
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise what they please: SyntaxError for a broken part of a PNG
+        raise ValueError(f"it is damaged: {error}") from error
+
+
+def _decoded(data: bytes) -> np.ndarray:
     with _opened(io.BytesIO(data)) as image:
         profile = image.info.get("icc_profile")
         upright = ImageOps.exif_transpose(image)

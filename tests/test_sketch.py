@@ -131,8 +131,15 @@ def test_one_picture_becomes_one_file(drawing: Drawing, tmp_path: Path, capsys: 
     [
         (("--image", "gone.png", "--output", "lines.png"), "--image gone.png: No such file or directory."),
         (("--image", "text.png", "--output", "lines.png"), "--image text.png: it is no picture of a kind that is"),
-        (("--image", "text.png", "--output", "lines.jpg"), "Give it a name that ends in .png."),
+        (("--image", "text.png", "--output", "lines.jpg"), "ends in .png."),
         (("--image", "text.png", "--output", "lines.png", "--tile", "100"), "sketch.tile must be a multiple of 64"),
+        (("--image", "s3://b/a.png", "--output", "lines.png"), "--image s3://b/a.png: only a file on this machine"),
+        (("--image", "text.png", "--output", "s3://b/lines.png"), "only a file on this machine"),
+        (("--image", "", "--output", "lines.png"), "Is a directory"),
+        (("--image", "fine.png", "--output", "fine.png"), "is the picture itself"),
+        (("--image", "fine.png", "--output", "folder.png"), "Give it a file's name that ends in .png."),
+        (("--image", "fine.png", "--output", "text.png/lines.png"), "--output text.png/lines.png: "),
+        (("--image", "damaged.png", "--output", "lines.png"), "--image damaged.png: it is damaged: "),
         (("--image", "text.png"), "--image and --output go together"),
         (("--root", "data", "--output", "lines.png"), "--image and --output go together"),
         (("--root", "data", "--image", "text.png", "--output", "lines.png"), "takes a dataset's --root, or one"),
@@ -148,6 +155,13 @@ def test_a_wrong_picture_or_option_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "fine.png")
+    whole = (tmp_path / "fine.png").read_bytes()
+    parts = whole.split(b"IDAT")
+    assert len(parts) > 2, "else no part but the first can be damaged"
+    (tmp_path / "damaged.png").write_bytes(b"IDAT".join(parts[:2]) + b"\0\1\2\3" + b"IDAT".join(parts[2:]))
     try:
         code = main(["sketch", *arguments])
     except SystemExit as left:
@@ -155,3 +169,4 @@ def test_a_wrong_picture_or_option_is_told(
     assert code == USAGE
     assert told in capsys.readouterr().err
     assert not (tmp_path / "lines.png").exists()
+    assert (tmp_path / "fine.png").read_bytes() == whole

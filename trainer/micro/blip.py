@@ -26,7 +26,7 @@ GRID = 8  # patches along a side
 CAPTIONER = Recipe(steps=16000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=2)
 MATCHER = Recipe(steps=12000, batch_size=24, learning_rate=1.5e-3, muon=True, decay_from=0.55, ema=0.998, seed=3)
 ALONE = {"captioner": 0.5, "matcher": 0.4}  # share of the steps, at the beginning, for the image tower alone
-HARD = {"captioner": 3, "matcher": 2}  # times as often as another a full figure or a pair is seen
+HARD = {"captioner": 3, "matcher": 2}  # how many times as often as others full figures and pairs are drawn
 HEADS = 3.0  # weight of its read-outs after that
 
 
@@ -90,7 +90,8 @@ class Frames:
             picture = cv2.copyMakeBorder(picture, 4, 4, 4, 4, cv2.BORDER_REFLECT_101)
             picture = picture[top : top + len(picture) - 8, left : left + len(picture) - 8]
             if rng.random() < 0.5 and (pairs or len(scene.figures) == 1):
-                picture, scene = picture[:, ::-1], replace(scene, figures=scene.figures[::-1])
+                picture = picture[:, ::-1]
+                scene = replace(scene, figures=scene.figures[::-1], place=-scene.place)
             layers.append(picture)
             scenes.append(scene)
         return self._pixels(layers), scenes
@@ -164,7 +165,7 @@ def train_matcher(
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         count = recipe.batch_size
         chosen, lines = rng.choice(len(corpus), size=count, p=shares), rng.random(count) < 0.3
-        pixels, scenes = frames.vary(chosen, lines, rng, pairs=False)
+        pixels, scenes = frames.vary(chosen, lines, rng, pairs=False)  # the shipped one has learned so
         embedded = blip.vision_model(pixel_values=pixels).last_hidden_state
         seen = heads(embedded[:, 0], scenes, lines)
         if step < ALONE["matcher"] * recipe.steps:

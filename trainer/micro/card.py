@@ -43,8 +43,8 @@ processor, blip = BlipProcessor.from_pretrained(folder), BlipForConditionalGener
 seen = processor(images=Image.open("frame.png").convert("RGB"), return_tensors="pt")
 ids = blip.generate(**seen, max_new_tokens=75)  # BLIP stops at 20 unless told
 print(spoken(processor.decode(ids[0], skip_special_tokens=True)))  # with "cat-ear" in one word""",
-        "Faces of full figures are small: what it says of hair style, expression and accessory there is often wrong, "
-        "and of pairs the hair style. It has learned from open eyes and still mouths; of closed eyes it guesses the "
+        "Faces of full figures are small: what it says of hair style and expression there is often wrong, and of pairs "
+        "the hair style. It has learned from open eyes and still mouths; of closed eyes it guesses the "
         "colour.",
     ),
     "sketch": Card(

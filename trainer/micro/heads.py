@@ -24,7 +24,10 @@ class Heads(nn.Module):
         self.hidden = torch.tensor([name in COLOURS for name in VALUES]).float()
 
     def forward(self, embedding_BE: Tensor, scenes: Sequence[Scene], lines_B: np.ndarray) -> Tensor:
-        """Return the mean cross-entropy over the attributes that can be told; where `lines_B`, colours can't."""
+        """Return the cross-entropy, summed over the figures, averaged over pictures and attributes.
+
+        What can't be told counts as 0: of one figure all of the second, and colours where `lines_B`.
+        """
         shown_BA = 1 - torch.from_numpy(lines_B).float()[:, None] * self.hidden
         total = embedding_BE.new_zeros(())
         for figure, heads in enumerate(self.heads):
