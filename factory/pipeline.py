@@ -28,8 +28,11 @@ _UNITS_PER_LOT = 128  # units of files that are described before their sources a
 def build(store: Store, paths: list[str], config: FactoryConfig, rights: RightsFile | None = None) -> set[str]:
     """Run all stages over the films at `paths`, in a locked root; return their source_ids.
 
-    What an earlier run committed is not done again.
+    What an earlier run committed is not done again. NothingThere, before anything is read or kept, where the model of a
+    stage is missing.
     """
+    for stage in GROUPS:
+        config.fingerprint(stage)
     store.create()
     sources = decode(store, paths, config)
     if rights is not None:
@@ -347,7 +350,11 @@ def _tell_damage(store: Store, failures: list[Row]) -> None:
 
 
 def _keep_settings(store: Store, config: FactoryConfig, stage: str) -> None:
-    """Keep the settings of `stage`, and of the others what was kept: they were not run with these."""
+    """Keep the settings of `stage`, and of the others what was kept: they were not run with these.
+
+    NothingThere, and nothing is kept, where the stage's model is missing.
+    """
+    config.fingerprint(stage)
     now = asdict(config)
     try:
         kept = asdict(from_dict(FactoryConfig, store.settings() or now))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from factory import tags
 from factory.__main__ import _VERBS, UNFINISHED, USAGE, _parser, main
 from factory.config import micro, paper
 from factory.settings import NothingThere, UsageError, load
-from factory.store import StoreError
+from factory.store import Store, StoreError
 
 
 def _refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -70,6 +71,20 @@ def test_config_prints_the_settings_that_a_root_was_written_with(
     assert "  holdout: [toon-01.mp4]\n" in capsys.readouterr().out
     assert main(["config", "--root", str(small_dataset), "--preset", "micro"]) == 0
     assert "  holdout: []\n" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_changes_no_root_and_makes_none(
+    ray_session: str, small_dataset: Path, film: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    store = Store(str(tmp_path / "root"))
+    shutil.copytree(small_dataset, store.root)
+    before = store.settings()
+    wrong = ["--set", "caption.model=/gone/blip"]
+    assert main(["caption", "--root", str(store.root), *wrong]) == USAGE
+    assert store.settings() == before
+    assert main(["build", str(film), "--root", str(tmp_path / "new"), *wrong]) == USAGE
+    assert not list(tmp_path.glob("new/*.lance"))
+    assert capsys.readouterr().err.count("No model '/gone/blip'. Give a folder that exists") == 2
 
 
 def test_settings_of_another_version_are_refused_with_what_to_do(
