@@ -7,8 +7,12 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from factory.store import Store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -61,6 +65,16 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.footage import patterns, write_film
 
     return write_film(tmp_path_factory.mktemp("film") / "film.mp4", patterns(2, 12))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store of a new root without rows."""
+    from factory.store import Store
+
+    made = Store(str(tmp_path / "root"))
+    made.create()
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -132,3 +133,34 @@ def test_only_wrong_usage_is_told_as_such_and_a_bug_keeps_its_trace(
     else:
         assert main(command) == code
         assert f"factory: {error}" in capsys.readouterr().err
+
+
+def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["status", "--root", str(small_dataset)]) == 0
+    text = capsys.readouterr().out
+    assert "duplicate" in text
+    assert main(["status", "--root", str(small_dataset), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["candidates"] == counts["kept"] + sum(counts["dropped"].values())
+    assert counts["samples"] == counts["sketched"] == counts["captioned"] == counts["kept"]
+    assert set(counts["splits"]) == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status", "--root", "/nonexistent/root"], "python -m factory build"),
+        (["select", "--root", "/nonexistent/root"], "python -m factory build"),
+        (["compact", "--root", "/tmp/never-made"], "python -m factory build"),
+        (["config", "--root", "/tmp/never-made"], "python -m factory build"),
+        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "No video at"),
+        (
+            ["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made", "--set", "video.jpegquality=1"],
+            "Did you mean",
+        ),
+    ],
+)
+def test_wrong_usage_says_what_to_do(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments) == USAGE
+    assert message in capsys.readouterr().err
+    assert not Path("/tmp/never-made").exists()

@@ -368,37 +368,6 @@ def test_a_stage_keeps_its_own_settings_only(
     assert "next:" not in capsys.readouterr().out  # by the kept settings all is done
 
 
-def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["status", "--root", str(small_dataset)]) == 0
-    text = capsys.readouterr().out
-    assert "duplicate" in text
-    assert main(["status", "--root", str(small_dataset), "--json"]) == 0
-    counts = json.loads(capsys.readouterr().out)
-    assert counts["candidates"] == counts["kept"] + sum(counts["dropped"].values())
-    assert counts["samples"] == counts["sketched"] == counts["captioned"] == counts["kept"]
-    assert set(counts["splits"]) == {"train", "validation"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["status", "--root", "/nonexistent/root"], "python -m factory build"),
-        (["select", "--root", "/nonexistent/root"], "python -m factory build"),
-        (["compact", "--root", "/tmp/never-made"], "python -m factory build"),
-        (["config", "--root", "/tmp/never-made"], "python -m factory build"),
-        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "No video at"),
-        (
-            ["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made", "--set", "video.jpegquality=1"],
-            "Did you mean",
-        ),
-    ],
-)
-def test_wrong_usage_says_what_to_do(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(arguments) == USAGE
-    assert message in capsys.readouterr().err
-    assert not Path("/tmp/never-made").exists()
-
-
 def test_stock_lance_reads_the_samples(small_dataset: Path) -> None:
     frame = lance.dataset(str(small_dataset / "samples.lance")).to_table(columns=["frame_id", "caption", "timestamp"])
     assert frame.num_rows > 5

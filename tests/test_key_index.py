@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lance
@@ -13,13 +12,6 @@ from factory import key_index
 from factory.committer import Committer
 from factory.key_index import KeyIndex
 from factory.store import DamagedData, Store
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store(str(tmp_path / "root"))
-    store.create()
-    return store
 
 
 def _sources(*names: str) -> list[dict[str, Any]]:

@@ -24,13 +24,6 @@ from factory.worker import WorkerFailed
 REPO = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store(str(tmp_path / "root"))
-    store.create()
-    return store
-
-
 def _rows(unit: int, count: int = 3) -> list[dict]:
     return [
         {"frame_id": f"{unit:04d}-{i}", "source_id": "s", "segment_id": f"u{unit}", "image": b"picture" * 20_000}
