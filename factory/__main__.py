@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import shlex
 import sys
 import warnings
 from dataclasses import asdict
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, (text, examples) in _VERBS.items():
         lines = ["examples:", *(f"  python -m factory {example}" for example in examples), "", _EXIT_CODES]
         sub = verbs.add_parser(verb, help=text, description=text, epilog="\n".join(lines), formatter_class=raw)
+        sub.set_defaults(error=sub.error)
         if verb == "build":
             sub.add_argument("sources", nargs="+", metavar="SOURCES", help=_SOURCES)
             sub.add_argument("--sources-file", metavar="FILE", help="YAML that says whose the sources are (README)")
@@ -155,9 +157,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"no verb {verb!r}. {hint}")
     args = parser.parse_args(arguments)
     if verb == "sketch" and (args.root is None) == (args.image is None):
-        parser.error("sketch takes a dataset's --root, or one picture: --image FILE --output FILE")
+        args.error("sketch takes a dataset's --root, or one picture: --image FILE --output FILE")
     if verb == "sketch" and (args.image is None) != (args.output is None):
-        parser.error("--image and --output go together")
+        args.error("--image and --output go together")
     return args
 
 
@@ -242,13 +244,14 @@ def _status(args: argparse.Namespace) -> int:
     store = _store(args.root)
     counts = status.funnel(store)
     config = _kept(store) or micro()
-    stale = status.stale(store, config)
+    stale, notes = status.stale(store, config), status.split_notes(store, config)
     if args.json:
-        print(json.dumps(counts | {"stale": stale, "settings": asdict(config)}))
+        print(json.dumps(counts | {"stale": stale, "split_notes": notes, "settings": asdict(config)}))
         return DONE
     print(status.describe(counts))
     print("settings", *changes(config, micro()) or ["those of preset micro"])
     print("\n".join(status.describe_stale(stale, args.root) or ["stale   nothing"]))
+    print(*(f"split   {note}\n" for note in notes), sep="", end="")
     _print_next(status.unfinished(counts, stale), args.root)
     return DONE
 
@@ -256,17 +259,19 @@ def _status(args: argparse.Namespace) -> int:
 def _print_next(verbs: list[str], root: str) -> None:
     for verb in verbs[:1]:
         sources = "SOURCES " if verb == "build" else ""
-        print(f"next: python -m factory {verb} {sources}--root {root}", flush=True)
+        print(f"next: python -m factory {verb} {sources}--root {shlex.quote(root)}", flush=True)
 
 
 def _report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from factory.report import write_report
-    from factory.settings import absolute
+    from factory.settings import UsageError, absolute
 
     store = _store(args.root)
     output = absolute(args.output, "--output") if args.output else store.root / "report.html"
+    if Path(output).is_dir():
+        raise UsageError(f"--output {args.output} is a folder. Give a file's name, such as {args.output}/report.html.")
     print(write_report(store, Path(output)))
     return DONE
 
@@ -288,14 +293,15 @@ def _run(args: argparse.Namespace) -> int:
             rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
-    with ray_session(max(2, config.num_cpus)), store.lock():
+    with store.lock(), ray_session(max(2, config.num_cpus)):
+        config = _settings(args, store)  # again: another command may just have written others
         built: set[str] = set()
         if args.verb == "build":
             built = pipeline.build(store, paths, config, rights)
         else:
             getattr(pipeline, args.verb)(store, config)
     counts = status.funnel(store)
-    print(status.describe(counts), flush=True)
+    print(status.describe(counts if args.verb == "build" else counts | {"failed_sources": {}}), flush=True)
     left = status.unfinished(counts, status.stale(store, _kept(store) or config))
     _print_next(left, args.root)
     if args.verb in left or (args.verb == "build" and left):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -94,7 +95,7 @@ def _merge(store: Store, name: str, rows: int) -> None:
     if not same:
         raise DamagedData(
             f"Compaction of {store.uri(name)} would have changed rows. Nothing was published; the table is as it was. "
-            f"Look at it: python -m factory verify --root {store.root}"
+            f"Look at it: python -m factory verify --root {shlex.quote(str(store.root))}"
         )
     Compaction.commit(table, results)
     store.record_versions(name)

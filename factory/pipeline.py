@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -11,17 +12,19 @@ from dataclasses import asdict
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from factory import metrics, schema, selection, tasks
+from factory import metrics, schema, selection, status, tasks
 from factory.committer import Committer, check_keys
 from factory.config import GROUPS, FactoryConfig
 from factory.rights import RightsFile
-from factory.settings import UsageError, from_dict
+from factory.settings import UsageError, changes, from_dict
 from factory.sources import FACTS, is_picture, segments_of, unread_id
 from factory.stage import FILM, PICTURES, Progress, Row, in_lots, run, run_tasks, update
 from factory.store import NotFinished, Store
 from factory.video import Segment
 
 _PIXELS_PER_UNIT = 192_000_000  # of still pictures, which a worker holds encoded until they are written: some 200 MB
+_PLACE = ("uri", "collection", "modified_ns")  # columns of a source that a move changes
+_FOUND = ("other_uris", *_PLACE, "error", *FACTS)  # those that finding and opening it decides
 _UNITS_PER_LOT = 128  # units of files that are described before their sources are committed
 
 
@@ -155,16 +158,19 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     if unanswered:
         raise unanswered[0]
     found = {row["source_id"]: row for row in sorted(asked, key=rank, reverse=True)}
+    uris = _uris(asked)
     changed = []
     for key in sorted(found.keys() & known.keys()):
         old, now = known[key], found[key]
-        if "status" not in now:
-            continue  # it is as it was
-        names = ("uri", "collection", "modified_ns")
-        if old["segment_starts"] is None:  # its segments stay as they were first cut
-            names += ("error", *FACTS)
+        names = ["other_uris"]
+        if "status" in now:  # else the file is as it was
+            names += _PLACE
+            if old["segment_starts"] is None:  # its segments stay as they were first cut
+                names += ["error", *FACTS]
+        uris[key] |= {old["uri"], *(old["other_uris"] or [])}
+        now["other_uris"] = sorted(uris[key] - {now["uri"]})
         if any(old[name] != now.get(name) for name in names):
-            facts = {name: old[name] for name in ("error", *FACTS)} | {name: now.get(name) for name in names}
+            facts = {name: old[name] for name in _FOUND} | {name: now.get(name) for name in names}
             changed.append({"source_id": key, "_rowaddr": old["_rowaddr"], **facts})
     hashed = [row for row in unopened if row["source_id"] != unread_id(row["uri"])]
     changed += [_lost(row, answers[row["uri"]]) for row in hashed if row["source_id"] not in found]
@@ -172,6 +178,14 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
     read = {unread_id(uri) for uri in answers} - found.keys()
     store.remove("sources", read & known.keys())  # they said that the file at this place could not be read
     return {row["source_id"] for row in asked if row["uri"] in given}
+
+
+def _uris(rows: list[Row]) -> dict[str, set[str]]:
+    """Return by source_id the places at which `rows` found it."""
+    uris: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        uris[row["source_id"]].add(row["uri"])
+    return uris
 
 
 def _known_sources(store: Store) -> dict[str, Row]:
@@ -182,7 +196,10 @@ def _known_sources(store: Store) -> dict[str, Row]:
 def _append_sources(store: Store, committer: Committer, rows: list[Row], known: Collection[str]) -> None:
     """Append to the sources table those of `rows` that are not `known`; of two names of one source the first."""
     first = {row["source_id"]: row for row in reversed(rows)}
-    new = [first[key] for key in sorted(first.keys() - set(known))]
+    uris = _uris(rows)
+    new = []
+    for key in sorted(first.keys() - set(known)):
+        new.append(first[key] | {"other_uris": sorted(uris[key] - {first[key]["uri"]})})
     metrics.count("failures", sum(row["status"] == "failed" for row in new), stage="sources", kind="unopened")
     if new:
         # named by the version too: a source that was removed may come again
@@ -199,7 +216,7 @@ def _lost(source: Row, now: Row) -> Row:
     unread = now["source_id"] == unread_id(source["uri"])
     error = now["error"] if unread else "it was replaced by another file before it could be opened"
     status = now["status"] if unread else "failed"
-    facts = {name: source[name] for name in ("source_id", "_rowaddr", "uri", "collection", "modified_ns", *FACTS)}
+    facts = {name: source[name] for name in ("source_id", "_rowaddr", *_FOUND)}
     return facts | {"status": status, "error": error}
 
 
@@ -208,12 +225,13 @@ def record_rights(store: Store, rights: RightsFile) -> None:
     sources = store.table("sources").to_table(with_row_address=True).to_pylist()
     changed = []
     for source in sources:
-        columns = rights.rights_of(source["uri"])
+        named = (rights.rights_of(uri) for uri in (source["uri"], *(source["other_uris"] or ())))
+        columns = next((columns for columns in named if columns is not None), None)
         if columns is not None and any(source[name] != value for name, value in columns.items()):
             changed.append({"source_id": source["source_id"], "_rowaddr": source["_rowaddr"], **columns})
     update(store, "sources", changed)
     print(f"rights   {len(changed)} of {len(sources)} sources changed", flush=True)
-    for pattern in rights.unused([source["uri"] for source in sources]):
+    for pattern in rights.unused([uri for source in sources for uri in (source["uri"], *(source["other_uris"] or ()))]):
         print(f"rights   {pattern!r} names no source", flush=True)
 
 
@@ -295,6 +313,8 @@ def select(store: Store, config: FactoryConfig) -> None:
     splits = {row["source_id"]: row["split"] for row in samples}  # a source keeps its split: frames never leak
     task = tasks.AppendSamples(store, config, splits)
     _tell_damage(store, run("samples", "units of samples", PICTURES, task, rows, committer, config))
+    for note in status.split_notes(store, config):
+        print(f"split    {note}", flush=True)
 
 
 def sketch(store: Store, config: FactoryConfig) -> None:
@@ -344,7 +364,8 @@ def _tell_damage(store: Store, failures: list[Row]) -> None:
     if failures:
         print(
             f"factory: {len(failures)} damaged picture(s) were left out. See which files it is: python -m factory "
-            f"verify --root {store.root}. Restore them from a copy and run this again, or build into a new root.",
+            f"verify --root {shlex.quote(str(store.root))}. Restore them from a copy and run this again, or build into "
+            "a new root.",
             file=sys.stderr,
         )
 
@@ -368,7 +389,16 @@ def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
     present = store.table("candidates").to_table(columns=["decode_fingerprint"])["decode_fingerprint"].unique()
     others = set(present.to_pylist()) - {config.fingerprint("decode")}
     if others:
-        raise UsageError(
-            f"Dataset {store.root} was decoded with other video settings or another version (fingerprint "
-            f"{others.pop()}, now {config.fingerprint('decode')}). Use those settings, or a new --root."
-        )
+        raise UsageError(f"Dataset {store.root} was decoded {_how(store, config)}, or take a new --root.")
+
+
+def _how(store: Store, config: FactoryConfig) -> str:
+    """Return how the candidates were decoded, where that was not with `config`, and what to give for it."""
+    try:
+        kept = from_dict(FactoryConfig, store.settings() or {})
+    except UsageError:
+        return "by another version of the settings. Use that version"
+    differing = changes(kept.video, config.video)
+    if not differing:
+        return "by another version of the code. Use that version"
+    return "with other video settings. Give " + " ".join(shlex.quote(f"--set=video.{change}") for change in differing)

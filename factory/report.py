@@ -91,7 +91,7 @@ def _reason(store: Store, rows: pa.Table, places: list[int], candidates: int) ->
         "count": len(places),
         "share": len(places) / candidates,
         # the dropped frame, and the kept one that it duplicates
-        "examples": [picture(data, 200) for data in store.read_pictures("candidates", "image", shown) if data],
+        "examples": [image for image in pictures(store, "candidates", "image", shown, 200) if image],
         "score": example["score"],
         "threshold": example["threshold"],
     }
@@ -137,15 +137,10 @@ def sample_rows(store: Store, count: int = SAMPLES) -> list[dict[str, Any]]:
     addresses = [row["_rowaddr"] for row in chosen]
     columns = ["source_id", "timestamp", "width", "height", "caption", "caption_by", "keywords", "split"]
     rows = store.rows_at("samples", addresses, columns)
-    frames = store.read_pictures("samples", "image", addresses)
-    sketches = store.read_pictures("samples", "training_sketch", addresses)
+    frames = pictures(store, "samples", "image", addresses)
+    sketches = pictures(store, "samples", "training_sketch", addresses)
     return [
-        {
-            **row,
-            "source": names[row["source_id"]],
-            "frame": picture(frame) if frame else None,
-            "sketch": picture(sketch) if sketch else None,
-        }
+        {**row, "source": names[row["source_id"]], "frame": frame, "sketch": sketch}
         for row, frame, sketch in zip(rows, frames, sketches, strict=True)
     ]
 
@@ -160,6 +155,23 @@ def turns(groups: Sequence[Sequence[Any]]) -> Iterable[list[Any]]:
     spread = [order[1:] + order[:1] for order in spread]
     for turn in range(max(map(len, spread), default=0)):
         yield [group[order[turn]] for group, order in zip(groups, spread, strict=True) if turn < len(order)]
+
+
+def pictures(
+    store: Store, name: str, column: str, addresses: list[int], long_side: int = THUMBNAIL
+) -> list[dict[str, Any] | None]:
+    """Return the pictures of `column` at row `addresses` as `picture` gives them; None where there is none.
+
+    One that is damaged, or whose file is gone, is {"damaged": why}: the page says so in its place.
+    """
+    shown: list[dict[str, Any] | None] = []
+    for address in addresses:
+        try:
+            (data,) = store.read_pictures(name, column, [address])
+            shown.append(picture(data, long_side) if data else None)
+        except (OSError, ValueError) as error:  # Lance's and Pillow's
+            shown.append({"damaged": str(error)})
+    return shown
 
 
 def picture(data: bytes, long_side: int = THUMBNAIL) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lance
 import pyarrow as pa
 
-FORMAT = "2"  # raised when a reader of the older tables would be wrong
+FORMAT = "3"  # raised when a reader of the older tables would be wrong
 STORAGE_VERSION = "2.2"  # the first Lance file format with blob v2 columns
 EMBEDDING = "layout-8x8-rgb"  # recorded in the table's metadata; a table with another one is refused
 EMBEDDING_SIZE = 192
@@ -41,6 +41,7 @@ _SCORES = (
 SOURCES = _table(
     _key("source_id"),  # sha256 of the bytes; of "uri:" + uri where they can't be read
     pa.field("uri", pa.string()),
+    pa.field("other_uris", pa.list_(pa.string())),  # where the same bytes were found besides, now or earlier
     pa.field("collection", pa.string()),  # the folder's name: a series, a film
     pa.field("container", pa.string()),
     pa.field("codec", pa.string()),

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from factory import still
 from factory.fetch import SourceChanged, retried
-from factory.locations import SourceGone, copy_stream, find_files, normal, open_binary, path_of, stamp
+from factory.locations import SourceGone, copy_stream, find_files, is_remote, normal, open_binary, path_of, stamp
 from factory.settings import NothingThere
 from factory.video import REMUX, Segment, VideoConfig
 from factory.worker import is_of_machine
 
 # Columns of a `sources` row that describe what is in the file.
 FACTS = ("container", "codec", "width", "height", "fps", "start_time", "duration", "segment_starts", "status")
-SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
+SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".gif")
 # Demuxers of FFmpeg's that films may need; those of playlists, which open other files and addresses, are left out.
 FORMATS = ("mov", "matroska", "avi", "flv", "gif", "asf", "ogg", "ivf", "nut", "mxf", "rm", "mpegts", "mpeg")
 READ_BYTES_PER_SECOND = 2e6  # at least: all of a film's packets are read, from an object store too
@@ -43,8 +45,11 @@ def find_sources(patterns: list[str]) -> list[str]:
     suffixes = (*SUFFIXES, *still.SUFFIXES)
     found: set[str] = set()
     for pattern in patterns:
-        here = find_files(normal(pattern), suffixes)
+        location = normal(pattern)
+        here = find_files(location, suffixes)
         if not here:
+            if not is_remote(location) and not re.search(r"[*?[]", location) and not os.path.exists(location):
+                raise NothingThere(f"There is no {pattern!r}, neither a file nor a folder.")
             raise NothingThere(
                 f"No video at {pattern!r}, nor a picture. Give files, folders or globs; in folders these count: "
                 f"{', '.join(suffixes)}."
@@ -77,7 +82,8 @@ def identify(uri: str) -> dict[str, Any]:
         reason = f"cannot be read: {error.strerror or error}"
         return row | {"source_id": unread_id(uri), "status": status, "error": reason}
     if not row["size_bytes"]:
-        return row | {"status": "failed", "error": f"not a {_noun(uri)}: the file is empty"}
+        error = f"not a {_noun(uri)}: the file is empty"
+        return row | {"source_id": unread_id(uri), "status": "failed", "error": error}  # not one source with all others
     return row
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from factory.locations import path_of
 from factory.settings import STRICT
 from factory.sources import is_picture
+
+COLUMNS = ("source_id", "uri", "other_uris")  # of the sources table, that decide a split
+_SAID = 3  # sources, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +32,40 @@ class SplitConfig:
             raise ValueError(f"split.validation_share must lie in [0, 1), got {self.validation_share}.")
 
 
-def split_of(source_id: str, uri: str, config: SplitConfig) -> str:
-    """Return "validation" for a source that is held out, else "train"."""
-    path = path_of(uri)
-    for pattern in config.holdout:
+def split_of(source: Mapping[str, Any], config: SplitConfig) -> str:
+    """Return "validation" for a source (its COLUMNS) that is held out by any of its names, else "train"."""
+    if any(_holds_out(pattern, source) for pattern in config.holdout):
+        return "validation"
+    key = source["source_id"]
+    if is_picture(source["uri"]):  # those of one folder often show one scene: they stay together
+        key = hashlib.sha256(path_of(source["uri"]).parent.name.encode()).hexdigest()
+    return "validation" if int(key[:8], 16) / 2**32 < config.validation_share else "train"
+
+
+def _holds_out(pattern: str, source: Mapping[str, Any]) -> bool:
+    for uri in (source["uri"], *(source["other_uris"] or ())):
+        path = path_of(uri)
         if any(fnmatch.fnmatchcase(name, pattern) for name in (path.name, path.parent.name, uri)):
-            return "validation"
-    if is_picture(uri):  # those of one folder often show one scene: they stay together
-        source_id = hashlib.sha256(path.parent.name.encode()).hexdigest()
-    return "validation" if int(source_id[:8], 16) / 2**32 < config.validation_share else "train"
+            return True
+    return False
+
+
+def notes(sources: Iterable[Mapping[str, Any]], splits: Mapping[str, str], config: SplitConfig) -> list[str]:
+    """Return what a user would not see in the samples: patterns that hold nothing out, and sources that stay as they
+    are although `config` says otherwise. `splits` are those that sources have, by source_id."""
+    sources = list(sources)
+    unused = [pattern for pattern in config.holdout if not any(_holds_out(pattern, source) for source in sources)]
+    said = [f"{pattern!r} of split.holdout names no source" for pattern in unused]
+    for kept, wanted in (("train", "validation"), ("validation", "train")):
+        staying = [
+            path_of(source["uri"]).name
+            for source in sources
+            if splits.get(source["source_id"]) == kept and split_of(source, config) == wanted
+        ]
+        if staying:
+            names = ", ".join(sorted(staying)[:_SAID]) + (", ..." if len(staying) > _SAID else "")
+            said.append(
+                f"{len(staying)} source(s) stay in {kept}, though these settings would have them in {wanted}: {names}. "
+                "A model may have been trained with them; for another split build into a new --root"
+            )
+    return said

@@ -176,8 +176,8 @@ class Progress:
         self._done = self._rows = self._failed = 0
         self._worked = 0.0
         self._start = self._said = time.monotonic()
-        if total == 0:
-            print(f"{stage:<8} nothing to do", flush=True)
+        whole = f", {self._amount:,.0f} {measure}" if measure else ""
+        print(f"{stage:<8} {f'{total:,} {noun}{whole}' if total else 'nothing to do'}", flush=True)
 
     def step(self, amount: float = 1, *, rows: int = 0, failed: int = 0) -> None:
         """Count one unit done, with its amount of work, and so many rows and failures."""
@@ -196,7 +196,7 @@ class Progress:
         parts = [f"{self._done}/{self._total} {self._noun}"]
         parts += [f"{self._rows} rows"] if self._rows else []
         parts += [f"{self._failed} failed"] if self._failed else []
-        parts += [f"{speed:.3g} {self._measure} per second", f"{clock(spent)} spent"]
+        parts += [f"{speed:{',.0f' if speed >= 100 else '.3g'}} {self._measure} per second", f"{clock(spent)} spent"]
         parts += [f"{clock(left)} left"] if self._done < self._total else []
         return f"{self._stage:<8} {', '.join(parts)}"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import Any
 
 from factory.config import STAGES, FactoryConfig
 from factory.settings import NothingThere
+from factory.split import COLUMNS, notes
 from factory.store import Store
 
 Stale = dict[str, int | None]
@@ -66,6 +68,14 @@ def stale(store: Store, config: FactoryConfig) -> Stale:
     return found
 
 
+def split_notes(store: Store, config: FactoryConfig) -> list[str]:
+    """Return what `split.notes` says of the dataset in `store` and the settings of `config`."""
+    sources = store.table("sources").to_table(columns=list(COLUMNS)).to_pylist()
+    samples = store.table("samples").to_table(columns=["source_id", "split"])
+    splits = dict(zip(samples["source_id"].to_pylist(), samples["split"].to_pylist(), strict=True))
+    return notes(sources, splits, config.split)
+
+
 def describe(counts: dict[str, Any]) -> str:
     """Return the funnel as lines of text for a terminal."""
     total = max(counts["candidates"], 1)
@@ -96,7 +106,7 @@ def describe_stale(rows: Stale, root: str) -> list[str]:
     """Return a line per stage that is stale: how many rows, and the command that mends it."""
     lines = []
     for stage, number in rows.items():
-        mend = f"python -m factory {stage} --root {root}"
+        mend = f"python -m factory {stage} --root {shlex.quote(root)}"
         if stage == "decode":
             mend = "build into a new --root; what is here stays good, but takes no more films"
         if number is None:

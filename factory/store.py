@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,6 @@ class Store:
 
     def create(self) -> None:
         """Make the root and whatever table it lacks. Raises UnusableRoot when a table is of another format."""
-        if self.root.exists() and not self.root.is_dir():
-            raise UnusableRoot(f"Dataset root {self.root} is a file. Give a folder.")
         for name, columns in schema.TABLES.items():
             make_folder(self._ledger_file(name, "").parent)
             if not self.has(name):
@@ -102,7 +101,8 @@ class Store:
         """Return the newest version of table `name`. Raises NothingThere or StoreError, saying what to do."""
         if not os.path.exists(self.uri(name)):
             raise NothingThere(
-                f"No table {self.uri(name)}. Make the dataset first: python -m factory build SOURCES --root {self.root}"
+                f"No table {self.uri(name)}. Make the dataset first: python -m factory build SOURCES "
+                f"--root {shlex.quote(str(self.root))}"
             )
         try:
             table = lance.dataset(self.uri(name))
@@ -123,7 +123,10 @@ class Store:
 
         What a power cut left of a commit is removed first: Lance would not open the table.
         """
-        make_folder(self.root)
+        try:
+            make_folder(self.root)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UnusableRoot(f"Dataset root {self.root} is no folder: {error.filename} is a file.") from None
         with open(self.root / ".lock", "a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

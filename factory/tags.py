@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from factory import schema
@@ -27,7 +28,7 @@ def tag(store: Store, name: str) -> dict[str, int]:
     if len(taken) == len(schema.TABLES):
         raise BadTag(
             f"Tag {name!r} is taken: it names {_said(taken)}. Take another, or remove it first: "
-            f"python -m factory tag {name} --delete --root {store.root}"
+            f"python -m factory tag {name} --delete --root {shlex.quote(str(store.root))}"
         )
     versions = {}
     for table_name in schema.TABLES:

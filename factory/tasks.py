@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from factory import caption as captions
-from factory import schema, worker
+from factory import schema, split, worker
 from factory.candidates import failed_candidate
 from factory.config import FactoryConfig
 from factory.fetch import check_unchanged, on_disk, unread
@@ -20,7 +20,6 @@ from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg, encode_png
 from factory.sketch import engine, tone
 from factory.sources import READ_BYTES_PER_SECOND, identify, unopened
-from factory.split import split_of
 from factory.store import DamagedData, Store
 from factory.timeline import timeline_of
 from factory.video import Segment
@@ -178,8 +177,8 @@ class AppendSamples:
         addresses = [int(address) for address in row["addresses"]]
         copied = [f.name for f in schema.CANDIDATES if f.name in schema.SAMPLES.names and f.name != "image"]
         candidates = self._store.rows_at("candidates", addresses, [*copied, "decode_fingerprint"])
-        uris = self._store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
-        uri_of = {source["source_id"]: source["uri"] for source in uris}
+        sources = self._store.table("sources").to_table(columns=list(split.COLUMNS)).to_pylist()
+        named = {source["source_id"]: source for source in sources}
         rows, damaged = [], []
         for address, candidate in zip(addresses, candidates, strict=True):
             try:
@@ -192,7 +191,7 @@ class AppendSamples:
             rows.append(
                 candidate
                 | {"image": picture, "selected": True, "review": "pending", "stages": stages}
-                | {"split": self._splits.get(source) or split_of(source, uri_of[source], self._config.split)}
+                | {"split": self._splits.get(source) or split.split_of(named[source], self._config.split)}
             )
         name = unit("samples", [row["frame_id"] for row in rows])
         entry = self._store.write_unit("samples", name, rows) if rows else {}

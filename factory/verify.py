@@ -37,7 +37,8 @@ class Damage:
 
     def __str__(self) -> str:
         rows = ", ".join(self.keys[:_KEYS_SAID]) + (", ..." if len(self.keys) > _KEYS_SAID else "")
-        return f"{self.table} {self.file}: {self.problem}" + (f" ({len(self.keys)} rows: {rows})" if rows else "")
+        where = f"{self.table} {self.file}".rstrip()
+        return f"{where}: {self.problem}" + (f" ({len(self.keys)} rows: {rows})" if rows else "")
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,8 @@ from factory.config import micro, paper
 from factory.settings import NothingThere, UsageError, load
 from factory.store import Store, StoreError
 
+REPO = Path(__file__).parent.parent
+
 
 def _refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
     """What is said on standard error when the command line is wrong."""
@@ -153,7 +155,19 @@ def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFix
         (["select", "--root", "/nonexistent/root"], "python -m factory build"),
         (["compact", "--root", "/tmp/never-made"], "python -m factory build"),
         (["config", "--root", "/tmp/never-made"], "python -m factory build"),
-        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "No video at"),
+        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "There is no '/nonexistent/film.mp4'"),
+        (["build", f"{REPO}/tests/*.mp4", "--root", "/tmp/never-made"], "No video at"),
+        (["build", f"{REPO}/factory", "--root", "/tmp/never-made"], "in folders these count: .mp4, "),
+        (["build", f"{REPO}/docs/demo.jpg", "--root", f"{REPO}/README.md"], "README.md is no folder"),
+        (["build", f"{REPO}/docs/demo.jpg", "--root", f"{REPO}/README.md/x"], "README.md is a file"),
+        (
+            ["select", "--root", "/tmp/two words"],
+            "build SOURCES --root '/tmp/two words'",
+        ),
+        (
+            ["build", f"{REPO}/docs/demo.jpg", "--root", "/tmp/never-made", "--set", "split.validation_share=2"],
+            "factory: split.validation_share must lie in [0, 1), got 2.0.\n",
+        ),
         (
             ["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made", "--set", "video.jpegquality=1"],
             "Did you mean",

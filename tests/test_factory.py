@@ -345,7 +345,7 @@ def test_other_video_settings_are_refused_on_an_old_root(
     before = {name: Store(str(small_dataset)).table(name).version for name in schema.TABLES}
     arguments = ["build", str(film), "--root", str(small_dataset), "--set", "video.jpeg_quality=80"]
     assert main(arguments) == USAGE
-    assert "other video settings" in capsys.readouterr().err
+    assert "other video settings. Give --set=video.jpeg_quality=95, or take a new --root" in capsys.readouterr().err
     assert {name: Store(str(small_dataset)).table(name).version for name in schema.TABLES} == before
 
 

@@ -23,7 +23,6 @@ from factory.committer import Committer
 from factory.config import FactoryConfig, micro
 from factory.picture import decode_image
 from factory.sources import describe_source, find_sources, segments_of
-from factory.split import SplitConfig, split_of
 from factory.store import UNITS, Store
 from factory.video import VideoConfig
 
@@ -274,19 +273,6 @@ def _deadly(segments: list, config: VideoConfig) -> Any:
         if segment.source_id == os.environ["KILLED"]:
             os.kill(os.getpid(), signal.SIGKILL)
         yield from candidates.picture_candidates([segment], config)
-
-
-def test_a_folder_of_pictures_is_in_one_split(tmp_path: Path) -> None:
-    config = SplitConfig(validation_share=0.5)
-    splits = {
-        name: {split_of(f"{i * 0x11111111:08x}" + "0" * 56, f"/stills/{name}/{i}.png", config) for i in range(16)}
-        for name in "abcdefgh"
-    }
-    assert all(len(split) == 1 for split in splits.values())
-    assert {next(iter(split)) for split in splits.values()} == {"train", "validation"}
-    assert len({split_of(f"{i * 0x11111111:08x}" + "0" * 56, f"/films/a/{i}.mp4", config) for i in range(16)}) == 2
-    held = SplitConfig(holdout=("two words",), validation_share=0)
-    assert split_of("0" * 64, "s3://bucket/two%20words/a.png", held) == "validation"
 
 
 def test_a_moved_folder_of_pictures_adds_nothing(ray_session: str, folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from factory import report
-from factory.__main__ import main
+from factory.__main__ import USAGE, main
 from factory.committer import Committer
 from factory.store import Store
 
@@ -50,6 +50,21 @@ def test_the_report_is_one_file_that_tells_of_the_dataset(
 def test_by_default_the_report_lies_in_the_root(store: Store) -> None:
     assert main(["report", "--root", str(store.root)]) == 0
     assert (store.root / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_damaged_pictures_are_told_in_their_place(store: Store, capsys: pytest.CaptureFixture) -> None:
+    rows = store.table("candidates").to_table(columns=["frame_id", "reason"], with_row_address=True).to_pylist()
+    (dropped,) = (row for row in rows if row["reason"] == "duplicate")
+    for name in ("candidates", "samples"):
+        for blobs in Path(store.uri(name), "data").glob("*/*"):
+            blobs.unlink()
+    with pytest.raises((OSError, ValueError)):
+        store.read_pictures("candidates", "image", [dropped["_rowaddr"]])
+    assert main(["report", "--root", str(store.root)]) == 0
+    page = (store.root / "report.html").read_text()
+    assert page.count("damaged picture: see python -m factory verify") > 2
+    assert main(["report", "--root", str(store.root), "--output", str(store.root)]) == USAGE
+    assert "is a folder. Give a file's name" in capsys.readouterr().err
 
 
 def test_failed_sources_and_candidates_are_shown_with_their_errors(store: Store) -> None:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -219,4 +220,4 @@ def _why_empty(dataset: lance.LanceDataset, split: str, config: DataConfig) -> s
 
 
 def _command(verb: str, root: str) -> str:
-    return f"python -m factory {verb} {'SOURCES ' if verb == 'build' else ''}--root {root}"
+    return f"python -m factory {verb} {'SOURCES ' if verb == 'build' else ''}--root {shlex.quote(root)}"

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factory.toon.traits import Scene
 from trainer.adapter import Adapter, AdapterConfig
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import Backbone, ddim
@@ -24,25 +23,35 @@ from trainer.micro.text import caption_of
 from trainer.micro.unet import Latents, Sampler
 
 ALIGNED = 0.8  # share of an adapter's time that goes into its alignment
+DROPPED = 0.08  # share of samples without reference and caption
 
 
-class Features:
-    """The image encoder's features of all pictures and line layers, in memory."""
+class Encoded:
+    """What the base's frozen encoders make of all pictures, line layers and a caption of each, in memory: once, as
+    `fit` keeps features in its cache."""
 
-    def __init__(self, backbone: Backbone, pictures: Pictures) -> None:
-        self.parts: list[Tensor] = []
+    def __init__(self, backbone: Backbone, pictures: Pictures, seed: int = 0) -> None:
+        self.features: list[Tensor] = []
+        self.texts: list[Tensor] = []
+        rng = np.random.default_rng(seed)
         for lines in (False, True):
-            held = []
+            features, texts = [], []
             for start in range(0, len(pictures), 64):
                 chosen = np.arange(start, min(start + 64, len(pictures)))
                 pixels = pictures.read(chosen, np.full(len(chosen), lines))
-                held.append(backbone.encode_image(as_images(pixels)).half())
-            self.parts.append(torch.cat(held))
+                features.append(backbone.encode_image(as_images(pixels)).half())
+                captions = [caption_of(pictures.scenes[i], rng, line=lines) for i in chosen]
+                texts.append(backbone.encode_text(captions).half())
+            self.features.append(torch.cat(features))
+            self.texts.append(torch.cat(texts))
 
-    def read(self, indices: np.ndarray, lines: np.ndarray) -> Tensor:
-        """Return features (B,N,E): of the line layer where `lines` (B,) is true, else of the colour picture."""
-        colour, line = (part[indices] for part in self.parts)
-        return torch.where(torch.from_numpy(lines)[:, None, None], line, colour).float()
+    def read(self, indices: np.ndarray, lines: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return image features (B,N,E) and text states (B,77,C): of the line layer where `lines` (B,) is true."""
+        is_line = torch.from_numpy(lines)[:, None, None]
+        features, texts = (
+            torch.where(is_line, line[indices], colour[indices]).float() for colour, line in (self.features, self.texts)
+        )
+        return features, texts
 
 
 class Adapted:
@@ -56,51 +65,46 @@ class Adapted:
         config = AdapterConfig(cross_attention_dim=width, embedding_dim=embedding_dim, dim=width)
         self.adapter = Adapter.for_unet(backbone.unet, config)
 
-    def train(self, scenes: list[Scene], latents: Latents, features: Features, seconds: float) -> dict[str, int]:
+    def train(self, latents: Latents, encoded: Encoded, seconds: float) -> dict[str, int]:
         """Train for so long on pictures that are their own references, half of them line art; return the steps.
 
         For ALIGNED of the time the image branch is aligned with the captions (trainer/align.py), then noise teaches
         it, without text and mostly at high noise, where a reference decides. A share of the references is dropped
-        throughout.
+        throughout, and their captions with them.
         """
         unet, scheduler, rng = self.backbone.unet, ddim(), np.random.default_rng(self.seed)
-        null, begun = self.backbone.encode_image_null(1), time.monotonic()
+        null, empty = self.backbone.encode_image_null(1), self.sampler.text([""])
+        begun = time.monotonic()
         self.adapter.attach(unet)
 
-        def references(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-            chosen = rng.integers(len(scenes), size=count)
-            lines, shown = rng.random(count) < 0.5, rng.random(count) > 0.08
-            hidden = features.read(chosen, lines)
-            return chosen, lines, shown, torch.where(torch.from_numpy(shown)[:, None, None], hidden, null)
-
-        def texts(chosen: np.ndarray, lines: np.ndarray, shown: np.ndarray) -> Tensor:
-            captions = [caption_of(scenes[i], rng, line=bool(b)) for i, b in zip(chosen, lines, strict=True)]
-            return self.sampler.text([c if s else "" for c, s in zip(captions, shown, strict=True)])
+        def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
+            """Latents, text states and image features of `count` samples."""
+            chosen = rng.integers(len(encoded.features[0]), size=count)
+            lines, shown = rng.random(count) < 0.5, torch.from_numpy(rng.random(count) > DROPPED)[:, None, None]
+            hidden, text = encoded.read(chosen, lines)
+            return latents.read(chosen, lines), torch.where(shown, text, empty), torch.where(shown, hidden, null)
 
         def noisy(timestep: int) -> None:
-            chosen, lines, shown, _ = references(16)
-            clean, t = latents.read(chosen, lines), torch.full((16,), timestep)
-            x, text = add_noise(scheduler, clean, torch.randn_like(clean), t), texts(chosen, lines, shown)
+            clean, text, _ = batch(16)
+            t = torch.full((16,), timestep)
+            x = add_noise(scheduler, clean, torch.randn_like(clean), t)
             self.adapter.denoise(unet, x, t, text, text[:, :0], 0.0)
-
-        def told(_: int) -> tuple[Tensor, Tensor]:
-            chosen, lines, shown, hidden = references(48)
-            return texts(chosen, lines, shown), hidden
 
         def done() -> float:
             return (time.monotonic() - begun) / seconds
 
         calls = [functools.partial(noisy, timestep) for timestep in TIMESTEPS]
-        queries, empty = record_queries(unet, calls), self.sampler.text([""])
-        aligned = align(self.adapter, unet, queries, empty, told, progress=lambda _: done() / ALIGNED)
+        queries = record_queries(unet, calls)
+        aligned = align(
+            self.adapter, unet, queries, empty, lambda _: batch(48)[1:], progress=lambda _: done() / ALIGNED
+        )
         optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.01)
         step = 0
         while done() < 1:
             for group in optimizer.param_groups:
                 group["lr"] = 5e-4 * min(1, (step + 1) / 30, 2.5 * (1 - done()) / (1 - ALIGNED) + 0.02)
-            chosen, lines, _, hidden = references(24)
-            clean, t = latents.read(chosen, lines), (1000 * torch.rand(24) ** 0.4).long()
-            noise = torch.randn_like(clean)
+            clean, _, hidden = batch(24)
+            noise, t = torch.randn_like(clean), (1000 * torch.rand(24) ** 0.4).long()
             made = self.adapter(unet, add_noise(scheduler, clean, noise, t), t, empty.expand(24, -1, -1), hidden)
             noise_loss(made, noise).backward()
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)

@@ -35,7 +35,7 @@ SEEDS = (1, 2, 3)
 PROMPTS = 300
 JUDGED = 100  # pictures that CLIP pair and matcher judge
 ADAPTER_SECONDS = 300.0
-ADAPTER_PICTURES = 8000  # whose latents and features are made beforehand, as `fit` would take them from a cache
+ADAPTER_PICTURES = 8000  # whose latents, features and text states are made beforehand
 REFERENCES = 100  # pictures that an adapter is asked with, of each kind
 SKETCHES = 60  # drawings that lines are drawn of
 
@@ -149,10 +149,10 @@ class Exam:
         found: dict[str, Any] = {"seconds": ADAPTER_SECONDS, "threads": self.shop.threads}
         pictures = Pictures(self.shop.corpus("train").first(ADAPTER_PICTURES))
         held_out = self.shop.pictures("validation")
-        latents, features = Latents(self.backbone.vae, pictures), adapted.Features(self.backbone, pictures)
+        latents, encoded = Latents(self.backbone.vae, pictures), adapted.Encoded(self.backbone, pictures)
         for seed in SEEDS:
             model = adapted.Adapted(self.backbone, self.sampler, seed)
-            steps = model.train(pictures.scenes, latents, features, ADAPTER_SECONDS)
+            steps = model.train(latents, encoded, ADAPTER_SECONDS)
             found[f"seed {seed}"] = {"steps": steps} | adapted.measured(model, self.probe, held_out, REFERENCES)
             self._adapter_sheet(model, held_out, seed)
             model.adapter.detach(self.backbone.unet)
