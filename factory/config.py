@@ -80,7 +80,7 @@ def paper() -> FactoryConfig:
     """The paper's numbers: at least 1080 lines, sketches of 10240 x 10240."""
     return FactoryConfig(
         selection=SelectionConfig(min_short_side=1080),
-        sketch=SketchConfig(size=10240, square=True),
+        sketch=SketchConfig(size=10240, square="pad"),
         caption=CaptionConfig(model=caption.RULE),  # the shipped captioner knows nothing but drawn footage
         samples_per_unit=4,
     )

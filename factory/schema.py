@@ -97,6 +97,15 @@ CANDIDATES = _table(
 
 STAGES = pa.struct([pa.field(stage, pa.string()) for stage in ("decode", "select", "sketch", "caption")])
 
+TONE = pa.struct(  # of sketch.tone.Tone, but its ink ratio
+    [
+        pa.field("brightened", pa.bool_()),
+        *(pa.field(name, pa.uint8()) for name in ("black", "white")),
+        *(pa.field(name, pa.float32()) for name in ("gamma", "clipped_black", "clipped_white")),
+        *(pa.field(name, pa.uint8()) for name in ("p01", "p05", "p25")),
+    ]
+)
+
 SAMPLES = _table(
     _key("frame_id"),
     pa.field("source_id", pa.string(), nullable=False),
@@ -112,6 +121,7 @@ SAMPLES = _table(
     pa.field("sketch_height", pa.int32()),
     pa.field("sketch_sha256", pa.string()),
     pa.field("ink_ratio", pa.float32()),  # share of sketch pixels darker than mid grey, 0..1
+    pa.field("tone", TONE),
     lance.blob_field("training_sketch"),  # PNG, long side at most 1024
     lance.blob_field("thumbnail"),  # JPEG: frame left, sketch right
     pa.field("caption", pa.string()),

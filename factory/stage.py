@@ -179,6 +179,11 @@ class Progress:
         whole = f", {self._amount:,.0f} {measure}" if measure else ""
         print(f"{stage:<8} {f'{total:,} {noun}{whole}' if total else 'nothing to do'}", flush=True)
 
+    def reach(self, done: int) -> None:
+        """Count units until so many are done."""
+        while self._done < done:
+            self.step()
+
     def step(self, amount: float = 1, *, rows: int = 0, failed: int = 0) -> None:
         """Count one unit done, with its amount of work, and so many rows and failures."""
         self._done += 1

@@ -1,0 +1,53 @@
+"""A 3840 x 2160 frame at 10240 px: peak memory of the command, read from outside; and time against size.
+
+`make bench ARGS=large`: half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+
+from tests.bench.art import scene
+
+FOLDER = Path("out/bench/large")
+SIZES = (("--size=1024",), ("--size=2048",), ("--size=4096",), ("--size=10240",))
+SQUARE = ("--size=10240", "--set=sketch.square=stretch")
+
+
+def large() -> Iterator[str]:
+    """Yield the table: seconds and peak resident memory by converter and long side."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    frame = FOLDER / "frame.png"
+    cv2.imwrite(
+        str(frame), cv2.resize(scene("concert1")[90:1440, :, ::-1], (3840, 2160), interpolation=cv2.INTER_CUBIC)
+    )
+    yield "| converter | size | megapixels | seconds | seconds per megapixel | peak resident memory |"
+    yield "|---|---|---|---|---|---|"
+    for converter in ("xdog", "micro", "hed"):
+        for size in (*SIZES, SQUARE):
+            output = FOLDER / f"{converter}.png"
+            seconds, peak = _run(frame, output, "--converter", converter, *size)
+            height, width = cv2.imread(str(output), cv2.IMREAD_UNCHANGED).shape
+            pixels = height * width / 1e6
+            yield (
+                f"| {converter} | {width} x {height} | {pixels:.1f} | {seconds:.1f} | {seconds / pixels:.2f} | "
+                f"{peak / 1e9:.2f} GB |"
+            )
+
+
+def _run(frame: Path, output: Path, *options: str) -> tuple[float, float]:
+    """Return the seconds and the peak resident bytes of one command."""
+    command = [sys.executable, "-m", "factory", "sketch", "--image", str(frame), "--output", str(output)]
+    begun = time.perf_counter()
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(options)} ended with {os.waitstatus_to_exitcode(status)}.")
+    return time.perf_counter() - begun, used.ru_maxrss * 1024

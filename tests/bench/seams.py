@@ -1,0 +1,92 @@
+"""Seams: a picture tile by tile against the same picture at once, and against the plain network, on real anime art.
+
+`make bench ARGS=seams`. Differences are in steps of 255, before tones are set. `border step` is the mean step over tile
+borders by that of the same places in the picture at once: 1 where no border shows. Naive tiles are cut without a halo,
+by their own statistics where the network has any.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from factory.sketch.anime2sketch import Anime2Sketch, new_network
+from factory.sketch.converter import Converter
+from factory.sketch.engine import SketchConfig, new_converter, run_tiles
+from tests.bench.art import scene
+
+GRIDS = [(512, 0), (512, 100), (512, 333), (1024, 0), (1024, 517)]  # tile, offset
+
+
+def seams() -> Iterator[str]:
+    """Yield the table, converter by converter."""
+    torch.set_num_threads(2)
+    image = scene("concert1")
+    size = image.shape[:2]
+    yield "| converter | tile, offset | mean | 99.9th percentile | most | border step | naive: mean | 99.9th | border step |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, converter in _converters(Path(folder), min(size)):
+            whole = run_tiles(image, converter, size=size, tile=4096)
+            for tile, offset in GRIDS:
+                tiled = run_tiles(image, converter, size=size, tile=tile, offset=offset)
+                naive = run_tiles(image, _Naive(converter), size=size, tile=tile, offset=offset)
+                cells = [name, f"{tile}, {offset}"]
+                cells += [*_differences(tiled, whole), f"{_step(tiled, whole, tile, offset, converter):.3f}"]
+                cells += [*_differences(naive, whole)[:2], f"{_step(naive, whole, tile, offset, converter):.3f}"]
+                yield f"| {' | '.join(cells)} |"
+            plain = np.rint(255 * _Naive(converter)(_padded(image, converter.stride)[None])[0]).astype(np.uint8)
+            cells = [name, "the plain network, the whole picture"]
+            cells += [*_differences(plain[: size[0], : size[1]], whole), "", "", "", ""]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _converters(folder: Path, short_side: int) -> Iterator[tuple[str, Converter]]:
+    for name in ("xdog", "micro", "hed"):
+        yield name, new_converter(SketchConfig(converter=name), short_side=short_side)
+    torch.manual_seed(0)
+    converter = Anime2Sketch.__new__(Anime2Sketch)
+    converter._model = new_network("default").eval()
+    yield "anime2sketch, random weights", converter
+
+
+class _Naive(Converter):
+    """A converter as one would run it tile by tile: no halo, no overlap, each tile's own statistics."""
+
+    def __init__(self, converter: Converter) -> None:
+        self._converter, self.stride = converter, converter.stride
+
+    def __call__(self, tiles_BHW3: np.ndarray) -> np.ndarray:
+        if isinstance(self._converter, Anime2Sketch):
+            for norm in self._converter._norms():
+                norm.thaw()
+        return self._converter(tiles_BHW3)
+
+
+def _padded(image: np.ndarray, stride: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    return np.pad(image, ((0, -height % stride), (0, -width % stride), (0, 0)), mode="reflect")
+
+
+def _differences(one: np.ndarray, other: np.ndarray) -> list[str]:
+    difference = np.abs(one.astype(np.int16) - other)
+    return [f"{difference.mean():.4f}", f"{np.percentile(difference, 99.9):.0f}", f"{difference.max()}"]
+
+
+def _step(lines: np.ndarray, whole: np.ndarray, tile: int, offset: int, converter: Converter) -> float:
+    """The mean step over the borders of tiles by that over the same places of `whole`."""
+    step = tile - min(converter.overlap, tile // 2)
+    found = [
+        [
+            np.abs(np.diff(np.moveaxis(picture, axis, 0)[[place - 1, place]].astype(int), axis=0)).mean()
+            for picture in (lines, whole)
+        ]
+        for axis in (0, 1)
+        for place in range(step - offset, lines.shape[axis], step)
+        if place > 0
+    ]
+    return float(np.sum(found, 0)[0] / np.sum(found, 0)[1])
