@@ -314,7 +314,7 @@ def _run(args: argparse.Namespace) -> int:
             rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
     else:
         store.table("samples")  # an absent dataset is an error, not a new one
-    with store.lock(), ray_session(max(2, config.num_cpus)):
+    with store.lock(), ray_session(max(2, config.num_cpus), config.num_gpus):
         config = _settings(args, store)  # again: another command may just have written others
         built: set[str] = set()
         if args.verb == "build":

@@ -8,16 +8,19 @@ import math
 import os
 from collections.abc import Iterator
 
+from factory.settings import UsageError
+
 # How often a task is tried again that Ray ended as the machine was short of memory: that may be another's fault, so
 # more often than one that crashes (stage.py), but not without end, Ray's default. Each time it waits longer.
 _TRIES_WITHOUT_MEMORY = 15
 
 
 @contextlib.contextmanager
-def ray_session(num_cpus: float = 2) -> Iterator[None]:
+def ray_session(num_cpus: float = 2, num_gpus: float = 0) -> Iterator[None]:
     """Hold a Ray: the caller's, the one RAY_ADDRESS names (set in a job), or a local one that ends here.
 
-    A local one has at least `num_cpus` logical CPUs, so that no stage waits for ever on a small machine.
+    A local one has at least `num_cpus` logical CPUs, so that no stage waits for ever on a small machine. UsageError
+    where it lacks `num_gpus`.
     """
     import ray
 
@@ -30,6 +33,8 @@ def ray_session(num_cpus: float = 2) -> Iterator[None]:
     else:
         ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)), logging_level=logging.WARNING)
     try:
+        if not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < num_gpus:
+            raise UsageError(f"num_gpus={num_gpus}, but Ray sees no such GPU on this machine. Leave it at 0.")
         yield
     finally:
         ray.shutdown()

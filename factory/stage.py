@@ -109,7 +109,11 @@ def run_tasks(stage: str, task: Callable, rows: list[Row], config: FactoryConfig
         data = ray.data.from_items(numbered, override_num_blocks=len(rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # ray 2.60 has no other way to bound the attempts
-        answers = data.map(_answering(task), num_cpus=config.num_cpus, max_retries=ATTEMPTS - 1)
+        wanted: Row = {"num_cpus": config.num_cpus, "max_retries": ATTEMPTS - 1}
+        if stage == "sketch" and config.num_gpus:
+            # Ray ends a worker after each task on a GPU; this one keeps its network
+            wanted |= {"num_gpus": config.num_gpus, "max_calls": 0}
+        answers = data.map(_answering(task), **wanted)
     missing = dict(enumerate(rows))
     for answer in answers.iter_rows():
         if answer["raised"]:

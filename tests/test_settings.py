@@ -128,7 +128,7 @@ NETWORK, KEYS = ["video.detector=transnetv2"], ["video.frames=keyframes"]
 NO_DUPLICATES = ["selection.duplicate_hash_bits=null"]
 # what is set before, the setting that changes, and the stages whose results can differ by it
 DECIDES: list[tuple[list[str], str, str]] = [
-    *[([], f"{name}=3", "") for name in ("commit_every", "samples_per_unit", "num_cpus")],
+    *[([], f"{name}=3", "") for name in ("commit_every", "samples_per_unit", "num_cpus", "num_gpus")],
     ([], "split.validation_share=0.5", ""),
     ([], "split.holdout=[a]", ""),
     *[([], f"video.{name}=9", "") for name in (*RUNTIME_ONLY,) if name != "cache_folder"],

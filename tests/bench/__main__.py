@@ -18,7 +18,7 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 
 def main(names: list[str]) -> int:
-    """Print the tables named; return the exit code. Without names all but the long `cuts` and `large`, and `cuts-live`."""
+    """Print the tables named; return the exit code. Without names all but `cuts`, `large` and `cuts-live`."""
     from tests.bench.cores import cores
     from tests.bench.cuts import cuts
     from tests.bench.cuts_live import cuts_live
