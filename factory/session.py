@@ -28,7 +28,10 @@ def ray_session(num_cpus: float = 2) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
-        ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)), logging_level=logging.WARNING)
+        cores = max(os.cpu_count() or 1, math.ceil(num_cpus))
+        # Else Ray starts a worker for each logical CPU at once, and times out where they are more than the cores.
+        unasked = {"prestart_worker_first_driver": False}
+        ray.init("local", num_cpus=cores, logging_level=logging.WARNING, _system_config=unasked)
     try:
         yield
     finally:

@@ -77,7 +77,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or cls.__name__
         if first["type"] == "value_error":  # of a settings class itself: its words name setting and value
-            raise UsageError(str(first["ctx"]["error"])) from None
+            raise UsageError(first["msg"].removeprefix("Value error, ")) from None
         raise UsageError(f"Setting {where}: {first['msg']} (got {first['input']!r}).") from None
 
 

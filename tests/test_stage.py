@@ -38,6 +38,7 @@ def test_progress_tells_counts_speed_and_time_left_in_whole_lines(
         now[0] += seconds
         progress.step(amount, rows=rows, failed=failed)
     assert capsys.readouterr().out == (
+        "decode   4 segments, 1,000 s of film\n"
         # none after 4 s; what is left is judged by the film, not by the number of segments
         "decode   2/4 segments, 20 rows, 40 s of film per second, 10 s spent, 15 s left\n"
         "decode   3/4 segments, 20 rows, 1 failed, 38.9 s of film per second, 18 s spent, 8 s left\n"
