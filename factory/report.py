@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,8 @@ from PIL import Image
 from factory import status
 from factory.files import write_atomic
 from factory.stage import clock
-from factory.store import Store
+from factory.store import DamagedData, Store
+from factory.verify import HASHES
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SAMPLES = 14  # frame | sketch | caption rows
@@ -164,12 +166,16 @@ def pictures(
 
     One that is damaged, or whose file is gone, is {"damaged": why}: the page says so in its place.
     """
+    digest = HASHES.get(column)
+    rows = store.rows_at(name, addresses, [digest] if digest else [])
     shown: list[dict[str, Any] | None] = []
-    for address in addresses:
+    for address, row in zip(addresses, rows, strict=True):
         try:
             (data,) = store.read_pictures(name, column, [address])
+            if data and digest and hashlib.sha256(data).hexdigest() != row[digest]:
+                raise DamagedData("it does not match its sha256")
             shown.append(picture(data, long_side) if data else None)
-        except (OSError, ValueError) as error:  # Lance's and Pillow's
+        except Exception as error:  # Pillow's readers raise what they please, such as SyntaxError
             shown.append({"damaged": str(error)})
     return shown
 

@@ -41,7 +41,7 @@ _SCORES = (
 SOURCES = _table(
     _key("source_id"),  # sha256 of the bytes; of "uri:" + uri where they can't be read
     pa.field("uri", pa.string()),
-    pa.field("other_uris", pa.list_(pa.string())),  # where the same bytes were found besides, now or earlier
+    pa.field("other_uris", pa.list_(pa.string())),  # where the same bytes were found besides
     pa.field("collection", pa.string()),  # the folder's name: a series, a film
     pa.field("container", pa.string()),
     pa.field("codec", pa.string()),
