@@ -14,6 +14,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from factory.config import FactoryConfig
     from factory.store import Store
 
@@ -220,6 +222,15 @@ def _store(root: str) -> Store:
     return Store(absolute(root, "--root"))
 
 
+def _check_present(store: Store) -> None:
+    """Raise NothingThere where there is no dataset: it is an error here, not a new one.
+
+    The table is not opened: a manifest that a power cut left is removed first, by `Store.lock`.
+    """
+    if not store.has("samples"):
+        store.table("samples")
+
+
 def _settings(args: argparse.Namespace, store: Store | None) -> FactoryConfig:
     """The settings of a command: the preset, or those that `store` was last written with; --config and --set on top."""
     from factory.config import GROUPS, PRESETS
@@ -283,16 +294,32 @@ def _print_next(verbs: list[str], root: str) -> None:
         print(f"next: python -m factory {verb} {sources}--root {shlex.quote(root)}", flush=True)
 
 
+def _check_output(path: Path, given: str) -> None:
+    """Make the folder of a file to write. UsageError where `path`, which was `given`, can't be written to."""
+    import os
+
+    from factory.files import make_folder
+    from factory.settings import UsageError
+
+    if path.is_dir():
+        raise UsageError(f"--output {given} is a folder. Give a file's name.")
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise UsageError(f"--output {given}: {error.strerror}.") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--output {given}: its folder cannot be written to.")
+
+
 def _report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from factory.report import write_report
-    from factory.settings import UsageError, absolute
+    from factory.settings import absolute
 
     store = _store(args.root)
     output = absolute(args.output, "--output") if args.output else store.root / "report.html"
-    if Path(output).is_dir():
-        raise UsageError(f"--output {args.output} is a folder. Give a file's name, such as {args.output}/report.html.")
+    _check_output(Path(output), args.output)
     print(write_report(store, Path(output)))
     return DONE
 
@@ -306,16 +333,20 @@ def _run(args: argparse.Namespace) -> int:
     from factory.sources import find_sources
 
     store = _store(args.root)
-    config = _settings(args, store)
     paths, rights = [], None
-    if args.verb == "build":
-        paths = find_sources([absolute(source, "SOURCES") for source in args.sources])
-        if args.sources_file:
-            rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
-    else:
-        store.table("samples")  # an absent dataset is an error, not a new one
-    with store.lock(), ray_session(max(2, config.num_cpus), config.num_gpus):
-        config = _settings(args, store)  # again: another command may just have written others
+    with contextlib.ExitStack() as held:
+        if args.verb != "build":
+            _check_present(store)
+        if is_there := store.has("samples"):
+            held.enter_context(store.lock())  # before its settings are read: another command may be writing others
+        config = _settings(args, store)
+        if args.verb == "build":
+            paths = find_sources([absolute(source, "SOURCES") for source in args.sources])
+            if args.sources_file:
+                rights = RightsFile(normal(absolute(args.sources_file, "--sources-file")))
+        if not is_there:
+            held.enter_context(store.lock())  # makes the root, so after all that could be wrong
+        held.enter_context(ray_session(max(2, config.num_cpus)))
         built: set[str] = set()
         if args.verb == "build":
             built = pipeline.build(store, paths, config, rights)
@@ -334,10 +365,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _picture(args: argparse.Namespace) -> int:
     """Draw the lines of one picture."""
-    import os
     from pathlib import Path
 
-    from factory.files import make_folder, write_atomic
+    from factory.files import write_atomic
     from factory.picture import encode_png
     from factory.settings import UsageError, absolute
     from factory.sketch.engine import sketch
@@ -348,7 +378,7 @@ def _picture(args: argparse.Namespace) -> int:
         if "://" in given:
             raise UsageError(f"{option} {given}: only a file on this machine is taken here.")
     path, output = Path(absolute(args.image, "--image")), Path(absolute(args.output, "--output"))
-    if output.suffix.lower() != ".png" or output.is_dir():
+    if output.suffix.lower() != ".png":
         raise UsageError(f"--output {args.output}: lines are written as PNG. Give it a file's name that ends in .png.")
     config = _settings(args, None).sketch
     try:
@@ -359,12 +389,7 @@ def _picture(args: argparse.Namespace) -> int:
         raise UsageError(f"--image {args.image}: {getattr(error, 'strerror', None) or error}.") from None
     if output.exists() and output.samefile(path):
         raise UsageError(f"--output {args.output} is the picture itself. Give another name.")
-    try:
-        make_folder(output.parent)
-    except OSError as error:
-        raise UsageError(f"--output {args.output}: {error.strerror}.") from None
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"--output {args.output}: its folder cannot be written to.")
+    _check_output(output, args.output)
 
     progress: list[Progress] = []
 
@@ -415,7 +440,7 @@ def _tag(args: argparse.Namespace) -> int:
     from factory import tags
 
     store = _store(args.root)
-    store.table("samples")  # an absent dataset is an error, not a new one
+    _check_present(store)
     if args.name is not None:
         with store.lock():
             tags.delete(store, args.name) if args.delete else tags.tag(store, args.name)
@@ -429,10 +454,10 @@ def _compact(args: argparse.Namespace) -> int:
     from factory.config import micro
 
     store, older_than = _store(args.root), timedelta(days=args.older_than)
-    store.table("samples")  # an absent dataset is an error, not a new one
-    # a fragment of samples stays a unit of work of the sketch and caption stages
-    rows = {"samples": (_kept(store) or micro()).samples_per_unit}
+    _check_present(store)
     with store.lock():
+        # a fragment of samples stays a unit of work of the sketch and caption stages
+        rows = {"samples": (_kept(store) or micro()).samples_per_unit}
         for name in schema.TABLES:
             done = compact(store, name, rows=rows.get(name, ROWS), older_than=older_than)
             print(f"compact  {name}: {done}", flush=True)

@@ -12,7 +12,8 @@ from factory.settings import NothingThere, UsageError
 
 OWNER = "animesketch/"  # ids of models that are shipped with the code, in `weights/` beside their reader
 WEIGHTS = Path(__file__).parent / "weights"
-FETCHED = Path(os.environ.get("ANIMESKETCH_WEIGHTS") or Path.home() / ".cache/animesketch")  # on this machine
+# On this machine, by `python -m factory weights`.
+FETCHED = Path(os.path.abspath(os.environ.get("ANIMESKETCH_WEIGHTS") or Path.home() / ".cache/animesketch"))
 HOW_TO_GET = {
     f"{OWNER}hed": "python -m factory weights fetch hed",
     f"{OWNER}anime2sketch": "python -m factory weights convert anime2sketch netG.pth",

@@ -167,8 +167,8 @@ def add_sources(store: Store, paths: list[str], config: FactoryConfig) -> set[st
             names += _PLACE
             if old["segment_starts"] is None:  # its segments stay as they were first cut
                 names += ["error", *FACTS]
-        uris[key] |= {old["uri"], *(old["other_uris"] or [])}
-        now["other_uris"] = sorted(uris[key] - {now["uri"]})
+        kept = {uri for uri in old["other_uris"] or () if uri not in answers or answers[uri]["source_id"] == key}
+        now["other_uris"] = sorted((uris[key] | kept) - {now["uri"]})
         if any(old[name] != now.get(name) for name in names):
             facts = {name: old[name] for name in _FOUND} | {name: now.get(name) for name in names}
             changed.append({"source_id": key, "_rowaddr": old["_rowaddr"], **facts})
@@ -225,13 +225,12 @@ def record_rights(store: Store, rights: RightsFile) -> None:
     sources = store.table("sources").to_table(with_row_address=True).to_pylist()
     changed = []
     for source in sources:
-        named = (rights.rights_of(uri) for uri in (source["uri"], *(source["other_uris"] or ())))
-        columns = next((columns for columns in named if columns is not None), None)
+        columns = rights.rights_of(source["uri"])
         if columns is not None and any(source[name] != value for name, value in columns.items()):
             changed.append({"source_id": source["source_id"], "_rowaddr": source["_rowaddr"], **columns})
     update(store, "sources", changed)
     print(f"rights   {len(changed)} of {len(sources)} sources changed", flush=True)
-    for pattern in rights.unused([uri for source in sources for uri in (source["uri"], *(source["other_uris"] or ()))]):
+    for pattern in rights.unused([source["uri"] for source in sources]):
         print(f"rights   {pattern!r} names no source", flush=True)
 
 
@@ -389,16 +388,22 @@ def _refuse_other_settings(store: Store, config: FactoryConfig) -> None:
     present = store.table("candidates").to_table(columns=["decode_fingerprint"])["decode_fingerprint"].unique()
     others = set(present.to_pylist()) - {config.fingerprint("decode")}
     if others:
-        raise UsageError(f"Dataset {store.root} was decoded {_how(store, config)}, or take a new --root.")
+        raise UsageError(f"Dataset {store.root} was decoded {_how(store, config, others)}")
 
 
-def _how(store: Store, config: FactoryConfig) -> str:
-    """Return how the candidates were decoded, where that was not with `config`, and what to give for it."""
+def _how(store: Store, config: FactoryConfig, present: set[str]) -> str:
+    """Return how the candidates, of the fingerprints `present`, were decoded, and what to give for it."""
+    other_version = "by another version. Use that one, or a new --root."
     try:
         kept = from_dict(FactoryConfig, store.settings() or {})
     except UsageError:
-        return "by another version of the settings. Use that version"
-    differing = changes(kept.video, config.video)
-    if not differing:
-        return "by another version of the code. Use that version"
-    return "with other video settings. Give " + " ".join(shlex.quote(f"--set=video.{change}") for change in differing)
+        return other_version
+    if kept.fingerprint("decode") not in present:
+        return other_version
+    before, now = kept.video.decides(), config.video.decides()
+    differing = [
+        shlex.quote(f"--set=video.{change}")
+        for change in changes(kept.video, config.video)
+        if before.get(name := change.partition("=")[0]) != now.get(name)
+    ]
+    return f"with other video settings. Take a new --root, or give {' '.join(differing)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,8 @@ from factory.picture import decode_image
 from factory.settings import from_dict
 from factory.sketch import sheet
 from factory.stage import clock
-from factory.store import Store
+from factory.store import DamagedData, Store
+from factory.verify import HASHES
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SAMPLES = 14  # frame | sketch | caption rows
@@ -164,22 +166,20 @@ def _spread(store: Store, count: int) -> list[dict[str, Any]]:
 
 def contact_sheet(store: Store, count: int = CROPS) -> dict[str, Any]:
     """Return `crops` of so many samples: `source`, `timestamp`, and `pictures` of one place pixel by pixel, as `frame`
-    and by each converter that is on this machine, the dataset's first; and how to get `more` converters."""
+    and by each converter that is on this machine; and how to get `more` of them."""
     config = from_dict(FactoryConfig, store.settings() or {}).sketch
     configs = sheet.variants(config)
     shown = []
     for row in _spread(store, count):
-        try:
-            (data,) = store.read_pictures("samples", "image", [row["_rowaddr"]])
-            image = decode_image(data) if data else None
-        except (OSError, ValueError):
+        (frame,) = pictures(store, "samples", "image", [row["_rowaddr"]])
+        (data,) = store.read_pictures("samples", "image", [row["_rowaddr"]]) if frame and "uri" in frame else (None,)
+        if data is None:
             continue  # its damage is told where the sample is
-        if image is None:
-            continue
+        image = decode_image(data)
         crops = sheet.crops(image, sheet.busiest(image, config, CROP), configs)
-        shown.append(row | {"pictures": {name: encoded(Image.fromarray(crop)) for name, crop in crops.items()}})
-    more = [command for name, command in HOW_TO_GET.items() if name.removeprefix(OWNER) not in configs]
-    return {"crops": shown, "more": more if configs else []}
+        shown.append(row | {"pictures": {name: encoded(Image.fromarray(crop), "png") for name, crop in crops.items()}})
+    more = [command for name, command in HOW_TO_GET.items() if name == f"{OWNER}hed" and "hed" not in configs]
+    return {"crops": shown, "more": more}
 
 
 def turns(groups: Sequence[Sequence[Any]]) -> Iterable[list[Any]]:
@@ -201,12 +201,16 @@ def pictures(
 
     One that is damaged, or whose file is gone, is {"damaged": why}: the page says so in its place.
     """
+    digest = HASHES.get(column)
+    rows = store.rows_at(name, addresses, [digest] if digest else [])
     shown: list[dict[str, Any] | None] = []
-    for address in addresses:
+    for address, row in zip(addresses, rows, strict=True):
         try:
             (data,) = store.read_pictures(name, column, [address])
+            if data and digest and hashlib.sha256(data).hexdigest() != row[digest]:
+                raise DamagedData("it does not match its sha256")
             shown.append(picture(data, long_side) if data else None)
-        except (OSError, ValueError) as error:  # Lance's and Pillow's
+        except Exception as error:  # Pillow's readers raise what they please, such as SyntaxError
             shown.append({"damaged": str(error)})
     return shown
 
@@ -219,13 +223,12 @@ def picture(data: bytes, long_side: int = THUMBNAIL) -> dict[str, Any]:
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("L" if opened.mode in ("1", "L", "LA", "I;16") else "RGB")
     image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
-    return encoded(image)
+    return encoded(image, "png" if max(image.size) <= 128 else "jpeg")
 
 
-def encoded(image: Image.Image) -> dict[str, Any]:
-    """Return a picture as it is, as `picture` does."""
+def encoded(image: Image.Image, kind: str) -> dict[str, Any]:
+    """Return a picture as it is, as `picture` does, as a "png" or "jpeg"."""
     out = io.BytesIO()
-    kind = "png" if max(image.size) <= 128 else "jpeg"
     image.save(out, kind, quality=82, optimize=True)
     uri = f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
     return {"uri": uri, "width": image.width, "height": image.height}

@@ -41,7 +41,7 @@ _SCORES = (
 SOURCES = _table(
     _key("source_id"),  # sha256 of the bytes; of "uri:" + uri where they can't be read
     pa.field("uri", pa.string()),
-    pa.field("other_uris", pa.list_(pa.string())),  # where the same bytes were found besides, now or earlier
+    pa.field("other_uris", pa.list_(pa.string())),  # where the same bytes were found besides
     pa.field("collection", pa.string()),  # the folder's name: a series, a film
     pa.field("container", pa.string()),
     pa.field("codec", pa.string()),
@@ -120,7 +120,7 @@ SAMPLES = _table(
     pa.field("sketch_width", pa.int32()),
     pa.field("sketch_height", pa.int32()),
     pa.field("sketch_sha256", pa.string()),
-    pa.field("ink_ratio", pa.float32()),  # share of sketch pixels darker than mid grey, 0..1
+    pa.field("ink_ratio", pa.float32()),  # share of the lines' pixels darker than mid grey; a page's margins left out
     pa.field("tone", TONE),
     lance.blob_field("training_sketch"),  # PNG, long side at most 1024
     lance.blob_field("thumbnail"),  # JPEG: frame left, sketch right

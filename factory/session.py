@@ -16,11 +16,10 @@ _TRIES_WITHOUT_MEMORY = 15
 
 
 @contextlib.contextmanager
-def ray_session(num_cpus: float = 2, num_gpus: float = 0) -> Iterator[None]:
+def ray_session(num_cpus: float = 2) -> Iterator[None]:
     """Hold a Ray: the caller's, the one RAY_ADDRESS names (set in a job), or a local one that ends here.
 
-    A local one has at least `num_cpus` logical CPUs, so that no stage waits for ever on a small machine. UsageError
-    where it lacks `num_gpus`.
+    A local one has at least `num_cpus` logical CPUs, so that no stage waits for ever on a small machine.
     """
     import ray
 
@@ -31,10 +30,19 @@ def ray_session(num_cpus: float = 2, num_gpus: float = 0) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
-        ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)), logging_level=logging.WARNING)
+        cores = max(os.cpu_count() or 1, math.ceil(num_cpus))
+        # Else Ray starts a worker for each logical CPU at once, and times out where they are more than the cores.
+        unasked = {"prestart_worker_first_driver": False}
+        ray.init("local", num_cpus=cores, logging_level=logging.WARNING, _system_config=unasked)
     try:
-        if not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < num_gpus:
-            raise UsageError(f"num_gpus={num_gpus}, but Ray sees no such GPU on this machine. Leave it at 0.")
         yield
     finally:
         ray.shutdown()
+
+
+def check_gpus(num_gpus: float) -> None:
+    """Raise UsageError where a task that asks for so many GPUs would wait for ever: a local Ray gets no more."""
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < num_gpus:
+        raise UsageError(f"num_gpus={num_gpus:g}, but Ray sees no such GPU on this machine. Give --set num_gpus=0.")

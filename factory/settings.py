@@ -76,8 +76,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or cls.__name__
-        if first["type"] == "value_error":  # of a settings class itself: its words name setting and value
-            raise UsageError(first["msg"].removeprefix("Value error, ")) from None
+        if first["type"] == "value_error":  # of a settings class as a whole: its words name setting and value
+            words = first["msg"].removeprefix("Value error, ")
+            raise UsageError(words if words.startswith(where) else f"Setting {where}: {words}") from None
         raise UsageError(f"Setting {where}: {first['msg']} (got {first['input']!r}).") from None
 
 

@@ -48,8 +48,11 @@ def find_sources(patterns: list[str]) -> list[str]:
         location = normal(pattern)
         here = find_files(location, suffixes)
         if not here:
-            if not is_remote(location) and not re.search(r"[*?[]", location) and not os.path.exists(location):
-                raise NothingThere(f"There is no {pattern!r}, neither a file nor a folder.")
+            if not is_remote(location) and not re.search(r"[*?[]", location):
+                try:
+                    os.stat(location)
+                except OSError as error:
+                    raise NothingThere(f"{pattern!r} cannot be looked at: {error.strerror}.") from None
             raise NothingThere(
                 f"No video at {pattern!r}, nor a picture. Give files, folders or globs; in folders these count: "
                 f"{', '.join(suffixes)}."

@@ -50,17 +50,30 @@ def _holds_out(pattern: str, source: Mapping[str, Any]) -> bool:
     return False
 
 
+def _called(source: Mapping[str, Any]) -> str:
+    """Return the names of a source's file, in words."""
+    name, *others = (path_of(uri).name for uri in (source["uri"], *(source["other_uris"] or ())))
+    others = sorted({*others} - {name})
+    return f"{name} (also {', '.join(others)})" if others else name
+
+
 def notes(sources: Iterable[Mapping[str, Any]], splits: Mapping[str, str], config: SplitConfig) -> list[str]:
     """Return what a user would not see in the samples: patterns that hold nothing out, and sources that stay as they
-    are although `config` says otherwise. `splits` are those that sources have, by source_id."""
-    sources = list(sources)
+    are although `config` says otherwise. `splits` are those of the sources that have samples, by source_id."""
+    sources = [source for source in sources if source["source_id"] in splits]
     unused = [pattern for pattern in config.holdout if not any(_holds_out(pattern, source) for source in sources)]
-    said = [f"{pattern!r} of split.holdout names no source" for pattern in unused]
+    said = [
+        f"{pattern!r} of split.holdout holds nothing out: no source of that name has samples"
+        for pattern in (unused if sources else ())
+    ]
     for kept, wanted in (("train", "validation"), ("validation", "train")):
         staying = [
-            path_of(source["uri"]).name
+            _called(source)
             for source in sources
-            if splits.get(source["source_id"]) == kept and split_of(source, config) == wanted
+            if splits[source["source_id"]] == kept
+            and split_of(source, config) == wanted
+            # the share of pictures goes by their folder's name: one that was renamed is no change of the settings
+            and not (is_picture(source["uri"]) and source["other_uris"] and wanted == "train")
         ]
         if staying:
             names = ", ".join(sorted(staying)[:_SAID]) + (", ..." if len(staying) > _SAID else "")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from factory import metrics
 from factory.committer import Committer
 from factory.config import FactoryConfig
+from factory.session import check_gpus
 from factory.store import NotFinished, Store
 from factory.worker import ATTEMPTS
 
@@ -111,6 +112,7 @@ def run_tasks(stage: str, task: Callable, rows: list[Row], config: FactoryConfig
         warnings.simplefilter("ignore", RayDeprecationWarning)  # ray 2.60 has no other way to bound the attempts
         wanted: Row = {"num_cpus": config.num_cpus, "max_retries": ATTEMPTS - 1}
         if stage == "sketch" and config.num_gpus:
+            check_gpus(config.num_gpus)
             # Ray ends a worker after each task on a GPU; this one keeps its network
             wanted |= {"num_gpus": config.num_gpus, "max_calls": 0}
         answers = data.map(_answering(task), **wanted)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from factory import tags
-from factory.__main__ import _VERBS, UNFINISHED, USAGE, _parser, main
+from factory.__main__ import _VERBS, DONE, UNFINISHED, USAGE, _parser, main
 from factory.config import micro, paper
 from factory.settings import NothingThere, UsageError, load
 from factory.store import Store, StoreError
@@ -90,6 +90,20 @@ def test_a_model_that_is_not_there_changes_no_root_and_makes_none(
     assert capsys.readouterr().err.count("No model '/gone/blip'. Give a folder that exists") == 2
 
 
+def test_a_commit_that_a_power_cut_tore_is_removed_by_the_next_command(
+    ray_session: str, small_dataset: Path, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path / "root"))
+    shutil.copytree(small_dataset, store.root)
+    digests = store.digests("samples")
+    torn = digests.manifest(digests.versions()[-1] + 1)
+    torn.write_bytes(b"half a manifest")
+    with pytest.raises(StoreError):
+        store.table("samples")
+    assert main(["caption", "--root", str(store.root)]) == DONE
+    assert not torn.exists()
+
+
 def test_settings_of_another_version_are_refused_with_what_to_do(
     small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -155,7 +169,10 @@ def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFix
         (["select", "--root", "/nonexistent/root"], "python -m factory build"),
         (["compact", "--root", "/tmp/never-made"], "python -m factory build"),
         (["config", "--root", "/tmp/never-made"], "python -m factory build"),
-        (["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"], "There is no '/nonexistent/film.mp4'"),
+        (
+            ["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"],
+            "'/nonexistent/film.mp4' cannot be looked at: No such file or directory.",
+        ),
         (["build", f"{REPO}/tests/*.mp4", "--root", "/tmp/never-made"], "No video at"),
         (["build", f"{REPO}/factory", "--root", "/tmp/never-made"], "in folders these count: .mp4, "),
         (["build", f"{REPO}/docs/demo.jpg", "--root", f"{REPO}/README.md"], "README.md is no folder"),

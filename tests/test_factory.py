@@ -13,7 +13,7 @@ from pathlib import Path
 import lance
 import pytest
 
-from factory import pipeline, schema, settings, status
+from factory import pipeline, schema, settings, status, video
 from factory.__main__ import SOURCES_FAILED, UNFINISHED, USAGE, main
 from factory.candidates import candidate_frames, failed_candidate
 from factory.config import FactoryConfig, micro
@@ -340,12 +340,21 @@ def test_a_command_starts_from_the_settings_of_the_one_before(
 
 
 def test_other_video_settings_are_refused_on_an_old_root(
-    ray_session: str, small_dataset: Path, film: Path, capsys: pytest.CaptureFixture
+    ray_session: str,
+    small_dataset: Path,
+    film: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     before = {name: Store(str(small_dataset)).table(name).version for name in schema.TABLES}
-    arguments = ["build", str(film), "--root", str(small_dataset), "--set", "video.jpeg_quality=80"]
-    assert main(arguments) == USAGE
-    assert "other video settings. Give --set=video.jpeg_quality=95, or take a new --root" in capsys.readouterr().err
+    arguments = ["build", str(film), "--root", str(small_dataset), "--set", "video.memory_limit_mb=8000"]
+    assert main([*arguments, "--set", "video.jpeg_quality=80"]) == USAGE
+    told = capsys.readouterr().err
+    assert told.endswith("with other video settings. Take a new --root, or give --set=video.jpeg_quality=95\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "VERSION", "another")
+        assert main(arguments) == USAGE
+    assert "was decoded by another version. Use that one, or a new --root." in capsys.readouterr().err
     assert {name: Store(str(small_dataset)).table(name).version for name in schema.TABLES} == before
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from factory import models
 from factory.__main__ import DONE, USAGE, main
-from factory.files import check_sealed
+from factory.files import DamagedFolder, check_sealed
 from factory.settings import UsageError
 from factory.sketch import anime2sketch, pretrained
 from factory.sketch.engine import SketchConfig, sketch
@@ -172,6 +172,21 @@ def test_a_network_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypa
         sketch(picture, SketchConfig(converter="hed"))
     with pytest.raises(UsageError, match=r"weights convert anime2sketch netG\.pth"):
         sketch(picture, SketchConfig(converter="anime2sketch"))
+
+
+def test_another_network_s_folder_is_told(tmp_path: Path) -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    torch.save(_small_state(), tmp_path / "netG.pth")
+    folder = pretrained.convert_anime2sketch(tmp_path / "netG.pth", tmp_path / "a2s")
+    with pytest.raises(UsageError, match="holds no weights of this converter"):
+        sketch(picture, SketchConfig(converter="hed", model=str(folder)))
+    with pytest.raises(UsageError, match="its config.json tells no channels"):
+        sketch(picture, SketchConfig(converter="micro", model=str(folder)))
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(DamagedFolder):
+        sketch(picture, SketchConfig(converter="anime2sketch", model=str(folder)))
 
 
 def test_a_converted_network_is_found_by_its_converter(

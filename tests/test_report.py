@@ -53,18 +53,29 @@ def test_by_default_the_report_lies_in_the_root(store: Store) -> None:
 
 
 def test_damaged_pictures_are_told_in_their_place(store: Store, capsys: pytest.CaptureFixture) -> None:
-    rows = store.table("candidates").to_table(columns=["frame_id", "reason"], with_row_address=True).to_pylist()
-    (dropped,) = (row for row in rows if row["reason"] == "duplicate")
-    for name in ("candidates", "samples"):
-        for blobs in Path(store.uri(name), "data").glob("*/*"):
-            blobs.unlink()
-    with pytest.raises((OSError, ValueError)):
-        store.read_pictures("candidates", "image", [dropped["_rowaddr"]])
+    row = store.table("samples").to_table(columns=["frame_id"], with_row_address=True).to_pylist()[0]
+    files = [file for file in Path(store.uri("samples"), "data").rglob("*") if file.is_file()]
+    for column in ("image", "training_sketch"):
+        (picture,) = store.read_pictures("samples", column, [row["_rowaddr"]])
+        assert picture
+        (file,) = (file for file in files if picture in file.read_bytes())
+        # in the pixels of the JPEG, which decodes all the same, and in the length of the PNG's first part with pixels
+        damaged = bytearray(picture)
+        damaged[len(picture) // 2 if column == "image" else picture.find(b"IDAT") - 1] ^= 4
+        file.write_bytes(file.read_bytes().replace(picture, damaged))  # a small sketch is the training sketch too
+    for file in Path(store.uri("candidates"), "data").rglob("*"):
+        if file.is_file() and b"\xff\xd8\xff" in file.read_bytes():
+            file.write_bytes(file.read_bytes().replace(b"\xff\xd8\xff", b"\xff\xd8\xfe"))
     assert main(["report", "--root", str(store.root)]) == 0
     page = (store.root / "report.html").read_text()
-    assert page.count("damaged picture: see python -m factory verify") > 2
-    assert main(["report", "--root", str(store.root), "--output", str(store.root)]) == USAGE
-    assert "is a folder. Give a file's name" in capsys.readouterr().err
+    dropped = sum(len(item["examples"]) for item in report.funnel(store)["reasons"])
+    assert page.count("damaged picture: see python -m factory verify") == 2 + dropped
+    assert dropped
+    assert "it does not match its sha256" in page
+    (store.root / "a file").touch()
+    for output in (store.root, store.root / "a file" / "page.html"):
+        assert main(["report", "--root", str(store.root), "--output", str(output)]) == USAGE
+        assert f"--output {output}" in capsys.readouterr().err
 
 
 def test_failed_sources_and_candidates_are_shown_with_their_errors(store: Store) -> None:

@@ -74,7 +74,7 @@ def test_only_paths_and_object_stores_are_sources(location: str) -> None:
 
 @pytest.mark.parametrize("location", ["concat:a.mp4|b.mp4", "subfile,,start,0,end,9,,:a.mp4", "pipe:0"])
 def test_protocols_of_ffmpeg_are_names_of_files(location: str) -> None:
-    with pytest.raises(FileNotFoundError, match="No video at"):
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
         find_sources([location])
 
 

@@ -48,11 +48,17 @@ def test_notes_tell_what_holds_nothing_out_and_what_stays_as_it_is() -> None:
     sources = [_source(i, f"/films/{i}.mp4") for i in range(5)]
     splits = {source["source_id"]: "train" for source in sources}
     assert notes(sources, splits, SplitConfig(validation_share=0)) == []
-    assert notes(sources, {}, SplitConfig(holdout=("*.mp4",))) == []  # they have no samples yet
-    (note,) = notes(sources, splits, SplitConfig(holdout=("9.mp4",), validation_share=0))
-    assert note == "'9.mp4' of split.holdout names no source"
+    assert notes(sources, {}, SplitConfig(holdout=("*.mp4", "9.mp4"))) == []  # they have no samples yet
+    nothing = " of split.holdout holds nothing out: no source of that name has samples"
+    assert notes(sources, splits, SplitConfig(holdout=("9.mp4",), validation_share=0)) == [f"'9.mp4'{nothing}"]
+    dropped = [*sources, _source(5, "/films/5.mp4")]  # nothing of it was kept
+    assert notes(dropped, splits, SplitConfig(holdout=("5.mp4",), validation_share=0)) == [f"'5.mp4'{nothing}"]
     (note,) = notes(sources, splits, SplitConfig(holdout=("*.mp4",), validation_share=0))
     assert note.startswith("5 source(s) stay in train, though these settings would have them in validation: 0.mp4, 1")
+    (note,) = notes([_source(0, "/a/0.mp4", "/b/z.mp4")], splits, SplitConfig(holdout=("z.mp4",), validation_share=0))
+    assert note.startswith(
+        "1 source(s) stay in train, though these settings would have them in validation: 0.mp4 (also"
+    )
     held = {key: "validation" for key in splits}
     (note,) = notes(sources[:2], held, SplitConfig(validation_share=0))
     assert note.startswith("2 source(s) stay in validation, though these settings would have them in train: 0.mp4, 1.m")
@@ -63,8 +69,8 @@ def copies(tmp_path: Path) -> Path:
     """A folder with two films, one of which is there under two names."""
     folder = tmp_path / "films"
     folder.mkdir()
-    write_film(folder / "a.mp4", patterns(2, 12))
-    write_film(folder / "b.mp4", patterns(3, 12)[12:])
+    write_film(folder / "a.mp4", patterns(2, 12, (480, 270)))
+    write_film(folder / "b.mp4", patterns(3, 12, (480, 270))[24:])
     shutil.copy(folder / "a.mp4", folder / "z.mp4")
     return folder
 
@@ -88,10 +94,42 @@ def test_a_name_that_comes_later_is_told_where_it_can_no_longer_hold_out(
 ) -> None:
     root = ["--root", str(store.root), "--set", "caption.model=rule:colours-1", "--set", "split.validation_share=0"]
     assert main(["build", str(copies / "a.mp4"), *root, "--set", "split.holdout=[z.mp4]"]) == 0
-    assert "split    'z.mp4' of split.holdout names no source" in capsys.readouterr().out
+    assert "split    'z.mp4' of split.holdout holds nothing out" in capsys.readouterr().out
     assert main(["build", str(copies), "--root", str(store.root)]) == 0
     assert "split    1 source(s) stay in train, though these settings would" in capsys.readouterr().out
     assert main(["status", "--root", str(store.root)]) == 0
     assert "split   1 source(s) stay in train" in capsys.readouterr().out
     (note,) = status.split_notes(store, _config("split.holdout=[z.mp4]"))
-    assert note.endswith("a.mp4. A model may have been trained with them; for another split build into a new --root")
+    assert "a.mp4 (also z.mp4). A model may have been trained with them; for another split build into a new" in note
+
+
+def test_a_name_counts_while_the_same_bytes_are_there(ray_session: str, copies: Path, store: Store) -> None:
+    def names() -> dict[str, list[str]]:
+        pipeline.add_sources(store, find_sources([str(copies)]), _config())
+        rows = store.table("sources").to_table().to_pylist()
+        return {Path(row["uri"]).name: [Path(uri).name for uri in row["other_uris"]] for row in rows}
+
+    assert names() == {"a.mp4": ["z.mp4"], "b.mp4": []}
+    (copies / "a.mp4").rename(copies / "moved.mp4")
+    assert names() == {"moved.mp4": ["z.mp4"], "b.mp4": []}
+    shutil.copy(copies / "b.mp4", copies / "z.mp4")  # other bytes at its place
+    assert names() == {"moved.mp4": [], "b.mp4": ["z.mp4"]}
+    (copies / "z.mp4").unlink()
+    version = store.table("sources").version
+    assert names() == {"moved.mp4": [], "b.mp4": ["z.mp4"]}  # it may come back
+    assert store.table("sources").version == version
+
+
+def test_empty_files_are_sources_of_their_own(ray_session: str, tmp_path: Path, film: Path, store: Store) -> None:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).touch()
+
+    def errors() -> dict[str, str | None]:
+        pipeline.add_sources(store, find_sources([str(folder)]), _config())
+        return {Path(row["uri"]).name: row["error"] for row in store.table("sources").to_table().to_pylist()}
+
+    assert errors() == dict.fromkeys(("a.mp4", "b.mp4"), "not a video: the file is empty")
+    shutil.copy(film, folder / "b.mp4")
+    assert errors() == {"a.mp4": "not a video: the file is empty", "b.mp4": None}

@@ -202,10 +202,12 @@ def test_a_stage_that_asks_for_more_cores_than_there_are_does_not_wait_for_ever(
 
 def test_a_gpu_that_is_not_there_is_wrong_usage() -> None:
     told = _in_a_ray_of_its_own(
-        "from factory.session import ray_session; from factory.settings import UsageError\n"
-        "try:\n    with ray_session(2, num_gpus=64): pass\nexcept UsageError as error: print(error)"
+        "from factory.session import check_gpus, ray_session; from factory.settings import UsageError\n"
+        "with ray_session(2):\n"
+        "    try: check_gpus(64)\n"
+        "    except UsageError as error: print(error)"
     )
-    assert told == "num_gpus=64, but Ray sees no such GPU on this machine. Leave it at 0.\n"
+    assert told == "num_gpus=64, but Ray sees no such GPU on this machine. Give --set num_gpus=0.\n"
 
 
 def test_sketches_are_drawn_on_the_gpu_by_workers_that_stay() -> None:

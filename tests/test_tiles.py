@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from factory.models import WEIGHTS
+from factory.sketch import sheet, tone
 from factory.sketch.anime2sketch import Anime2Sketch, new_network
 from factory.sketch.converter import Converter
-from factory.sketch.engine import SketchConfig, enlarged, fitted, run_tiles, sketch
+from factory.sketch.engine import SketchConfig, enlarged, fitted, new_converter, run_tiles, sketch
 from factory.sketch.generator import Generator
 from factory.sketch.hed import HED, Pencil
 from factory.sketch.xdog import XDoG, XDoGConfig
@@ -54,7 +55,9 @@ def _difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["xdog", "micro", "hed"])
-@pytest.mark.parametrize("grid", [{"tile": 64}, {"tile": 192, "offset": 37}, {"tile": 256, "batch": 3, "overlap": 32}])
+@pytest.mark.parametrize(
+    "grid", [{"tile": 64}, {"tile": 192, "offset": 37}, {"tile": 256, "batch": 3, "overlap": 100, "offset": 255}]
+)
 def test_no_grid_shows(name: str, grid: dict[str, int], image: np.ndarray, converters: dict[str, Converter]) -> None:
     converter = converters[name]
     whole = run_tiles(image, converter, size=(270, 480), tile=1024)
@@ -136,6 +139,22 @@ def test_tiles_that_differ_are_blended() -> None:
     assert np.abs(np.diff(blended.astype(int), axis=1)).max() <= 3
 
 
+def test_tiles_are_as_small_as_they_may_be(image: np.ndarray) -> None:
+    class Counted(_Average):
+        overlap, seen = 0, 0
+
+        def __call__(self, tiles_BHW3: np.ndarray) -> np.ndarray:
+            self.seen += tiles_BHW3[..., 0].size
+            return super().__call__(tiles_BHW3)
+
+    for size in ((1080, 1920), (300, 500), (1025, 1025), (33, 2047)):
+        converter = Counted()
+        run_tiles(image, converter, size=size, tile=1024)
+        least = size[0] * size[1]
+        assert converter.seen < 1.15 * (size[0] + 32) * (size[1] + 32)
+        assert converter.seen >= least
+
+
 def test_every_weight_is_far_from_nothing() -> None:
     """A Gaussian window's corners come to nothing in half precision, and a picture's corner lies in one tile alone."""
     white = np.full((300, 500, 3), 255, np.uint8)
@@ -207,6 +226,29 @@ def test_sizes(image: np.ndarray) -> None:
 def test_what_can_not_be_is_refused(wrong: dict, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         SketchConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3), np.float32)])
+def test_what_is_no_picture_is_refused(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"RGB uint8 \(H,W,3\)"):
+        sketch(wrong, SketchConfig())
+
+
+@pytest.mark.parametrize("square", [None, "pad", "crop", "stretch"])
+def test_the_sheet_shows_the_same_place_by_each_converter(square, image: np.ndarray) -> None:
+    config = SketchConfig(converter="micro", size=600, square=square)
+    configs = sheet.variants(config)
+    assert {"micro", "xdog"} <= configs.keys()
+    assert "anime2sketch" not in configs
+    box = sheet.busiest(image, config, 120)
+    found = sheet.crops(image, box, configs)
+    assert all(picture.shape[:2] == (120, 120) for picture in found.values())
+    whole, size = run_tiles, fitted(image, config)[1]
+    part = fitted(image, config)[0]
+    raw = whole(part, new_converter(config, short_side=min(size)), size=size, tile=1024)
+    expected = tone.level(raw[box[0] : box[1], box[2] : box[3]])[0]
+    assert _difference(found["micro"], expected).max() <= 3
+    assert sheet.sheet([found, found]).shape == (2 * 126, len(found) * 126, 3)
 
 
 def test_the_network_of_a_converter(tmp_path: Path) -> None:

@@ -2,24 +2,23 @@
 in both published layouts, over tiles.
 
 The network normalises each instance, so that a tile's lines follow what else is in it: over a large picture its grid
-shows. Here the statistics are those of the whole picture, and stay frozen for all tiles.
+shows. Here the statistics are pooled over the whole picture, and stay frozen for all tiles. Each of the thirteen rests
+on those before it; two sweeps over the picture come near, not all the way (docs/sketch.md).
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from factory.sketch.converter import Converter
-from factory.sketch.generator import SketchGenerator, for_inference, lines_of, pixels_of
+from factory.sketch.generator import SketchGenerator, lines_of, loaded, pixels_of, read_config
 
 CHANNELS = (64, 128, 256, 512, 512, 512, 512, 512)
 LAYOUTS = ("default", "improved")
@@ -142,6 +141,4 @@ class Anime2Sketch(Converter):
 
 @functools.lru_cache(maxsize=1)
 def _loaded(folder: Path) -> SketchGenerator:
-    model = new_network(json.loads((folder / "config.json").read_text())["layout"])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return for_inference(model)
+    return loaded(new_network(read_config(folder, "layout")), folder)

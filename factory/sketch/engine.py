@@ -18,7 +18,8 @@ from factory.sketch.tone import Tone, brightened, level
 from factory.sketch.xdog import XDoG, XDoGConfig
 
 VERSION = "3"  # raised when the same frame would give another sketch
-_SMALLEST_WEIGHT = 1e-3  # of a blended tile's Gaussian window, whose middle is 1
+_SPREAD = 2 / 15  # standard deviation of a blended tile's Gaussian window, by its side
+_SMALLEST_WEIGHT = 1e-3  # of that window, whose middle is 1: that which it has at the edge
 
 Size = tuple[int, int]  # height, width
 Box = tuple[int, int, int, int]  # top, bottom, left, right
@@ -81,10 +82,9 @@ class SketchConfig:
         The grid of tiles is among them only where blended tiles differ: elsewhere it moves a value by 1 of 255.
         """
         found = asdict(self)
-        for name in ("model", "tile_offset", "batch"):
+        grid = ("tile", "overlap", "tile_offset") if self.converter != "anime2sketch" else ()
+        for name in ("model", "batch", *grid):
             del found[name]
-        if self.converter != "anime2sketch":
-            del found["tile"], found["overlap"]
         if self.converter != "xdog":
             del found["xdog"]
             found["files"] = files_hash(self.network)
@@ -105,6 +105,8 @@ def sketch(image: np.ndarray, config: SketchConfig, *, watch: Watch | None = Non
 
 def draw(image: np.ndarray, config: SketchConfig, *, watch: Watch | None = None) -> Sketch:
     """Return the sketch of the RGB uint8 image H,W,3, and its tone. `watch(done, tiles)` is told of each batch."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"A picture is RGB uint8 (H,W,3), got {image.dtype} {image.shape}.")
     image, size = fitted(image, config)
     converter = new_converter(config, short_side=min(size))
     image, is_brightened = brightened(image, below=config.brighten_below)
@@ -178,15 +180,15 @@ def run_tiles(
     weighted lines one row of tiles at a time; a side that shrinks is reduced at once, by area.
     """
     height, width = size
-    image = _reduced(image, size)
+    image = shrunk(image, size)
     overlap = converter.overlap if overlap is None else overlap
     down, across = (_Axis.of(side, tile, overlap, offset, converter.stride) for side in size)
-    converter.calibrate(lambda: _cover(image, size, tile, converter.stride))
     lines = np.empty(size, np.uint8)
     sums = np.zeros((down.tile, width), np.float32)
     done, tiles = 0, len(down.starts) * len(across.starts)
     if watch:
         watch(done, tiles)
+    converter.calibrate(lambda: _cover(image, size, tile, converter.stride))
     for i, top in enumerate(down.starts):
         for start in range(0, len(across.starts), batch):
             lefts = across.starts[start : start + batch]
@@ -199,7 +201,8 @@ def run_tiles(
                 watch(done, tiles)
         # The rows above the next row of tiles are complete.
         end = down.starts[i + 1] if i + 1 < len(down.starts) else height
-        first, last = max(top, 0), min(end, height)
+        first = max(top, 0)
+        last = max(first, min(end, height))
         whole = sums[first - top : last - top] / (down.weights[first:last, None] * across.weights)
         lines[first:last] = _as_bytes(whole)
         sums[: down.tile - (end - top)] = sums[end - top :].copy()
@@ -207,14 +210,22 @@ def run_tiles(
     return lines
 
 
+def starts(size: Size, tile: int, overlap: int, offset: int, stride: int) -> list[list[int]]:
+    """Return where the tiles of a picture of `size` begin, from above and from the left, as `run_tiles` lays them."""
+    return [_Axis.of(side, tile, overlap, offset, stride).starts for side in size]
+
+
 def window(image: np.ndarray, box: Box, config: SketchConfig) -> np.ndarray:
-    """Return what `sketch` would give in a box of its lines, without the rest; but the tones are set by the box."""
+    """Return what `sketch` would give in a box of its lines, without the rest; but the tones are set by the box.
+
+    For converters without overlap: ValueError for another, of which nothing can be told without the rest.
+    """
     image, size = fitted(image, config)
     converter = new_converter(config, short_side=min(size))
+    if converter.overlap:
+        raise ValueError(f"{config.converter} has no lines of a part alone.")
     image, _ = brightened(image, below=config.brighten_below)
-    image = _reduced(image, size)
-    converter.calibrate(lambda: _cover(image, size, config.tile, converter.stride))
-    (made,) = _lines(image, converter, [box], size)
+    (made,) = _lines(shrunk(image, size), converter, [box], size)
     return level(_as_bytes(made))[0]
 
 
@@ -238,7 +249,7 @@ def _as_bytes(lines: np.ndarray) -> np.ndarray:
     return np.rint(lines * 255).clip(0, 255).astype(np.uint8)
 
 
-def _reduced(image: np.ndarray, size: Size) -> np.ndarray:
+def shrunk(image: np.ndarray, size: Size) -> np.ndarray:
     """Return the image with each side that is longer than in `size` brought to it, by area."""
     height, width = (min(side, wanted) for side, wanted in zip(image.shape, size, strict=False))
     return (
@@ -258,10 +269,13 @@ class _Axis(NamedTuple):
 
     @classmethod
     def of(cls, side: int, tile: int, overlap: int, offset: int, stride: int) -> _Axis:
-        tile = -(-min(tile, side + offset) // stride) * stride
+        # As few tiles as there must be, as small as they may be then: all of one size, and none far over the border.
         overlap = min(overlap, tile // 2)
-        starts = list(range(-offset, max(side - overlap, 1), tile - overlap))
-        middle, spread = (tile - 1) / 2, tile / 6 if overlap else math.inf
+        count = max(1, math.ceil((side + offset - overlap) / (tile - overlap)))
+        tile = math.ceil((math.ceil((side + offset - overlap) / count) + overlap) / stride) * stride
+        step = max(stride, (tile - overlap) // stride * stride) if overlap else tile
+        starts = list(range(-offset, max(side - (tile - step), 1), step))
+        middle, spread = (tile - 1) / 2, tile * _SPREAD if overlap else math.inf
         window = np.maximum(np.exp(-(((np.arange(tile) - middle) / spread) ** 2) / 2), _SMALLEST_WEIGHT)
         weights = np.zeros(starts[-1] + tile + offset)
         for start in starts:

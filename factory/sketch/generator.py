@@ -8,15 +8,19 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from factory.files import SUMS, check_sealed
+from factory.settings import UsageError
 from factory.sketch.converter import Converter
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,9 +100,7 @@ class SketchGenerator(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> SketchGenerator:
         """Return the generator of a folder that `save_pretrained` wrote, in single precision, for inference."""
-        model = cls(tuple(json.loads((folder / "config.json").read_text())["channels"]))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return for_inference(model)
+        return loaded(cls(tuple(read_config(folder, "channels"))), folder)
 
 
 class Generator(Converter):
@@ -112,11 +114,38 @@ class Generator(Converter):
         return lines_of(self._model, pixels_of(tiles_BHW3, self._model))
 
 
-def for_inference(model: M) -> M:
-    """Return the model in single precision on the GPU, if there is one, with its weights laid out by channel last."""
-    model = model.float().eval().requires_grad_(False)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+def loaded(model: M, folder: Path) -> M:
+    """Return `model` with the weights in `folder`, for inference: in single precision, laid out by channel last, on the
+    GPU if this process has one. UsageError where the weights are another network's; DamagedFolder by their seal.
+    """
+    if (folder / SUMS).is_file():
+        check_sealed(folder)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{folder} holds no weights of this converter: {str(error).splitlines()[0]}") from None
+    model = model.float().eval().requires_grad_(False).to(device())
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def device() -> str:
+    """Return where networks run: on the GPU, if there is one; in a task of Ray's, if the task asked for one."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    ray = sys.modules.get("ray")
+    in_task = ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
+    if in_task and not ray.get_gpu_ids():
+        return "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # tiles of other shapes would differ by more than a rounding
+    return "cuda"
+
+
+def read_config(folder: Path, key: str) -> Any:
+    """Return a value of a network's config.json. UsageError where it isn't there."""
+    try:
+        return json.loads((folder / "config.json").read_text())[key]
+    except (OSError, ValueError, KeyError):
+        raise UsageError(f"{folder} is no network of this converter: its config.json tells no {key}.") from None
 
 
 def pixels_of(tiles_BHW3: np.ndarray, model: nn.Module) -> Tensor:

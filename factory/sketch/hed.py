@@ -11,12 +11,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from factory.sketch.converter import Converter
-from factory.sketch.generator import for_inference
+from factory.sketch.generator import loaded
 
 MEAN_BGR = (104.00699, 116.66877, 122.67892)
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolutions: VGG16
@@ -50,9 +49,7 @@ class HED(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> HED:
         """Return the network of a folder that `factory.sketch.pretrained.fetch_hed` made, for inference."""
-        model = cls()
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return for_inference(model)
+        return loaded(cls(), folder)
 
     @torch.inference_mode()
     def edges(self, tiles_BHW3: np.ndarray) -> np.ndarray:

