@@ -180,7 +180,7 @@ def test_another_network_s_folder_is_told(tmp_path: Path) -> None:
     folder = pretrained.convert_anime2sketch(tmp_path / "netG.pth", tmp_path / "a2s")
     with pytest.raises(UsageError, match="holds no weights of this converter"):
         sketch(picture, SketchConfig(converter="hed", model=str(folder)))
-    with pytest.raises(UsageError, match="its config.json tells no channels"):
+    with pytest.raises(UsageError, match=r"its config\.json tells no channels"):
         sketch(picture, SketchConfig(converter="micro", model=str(folder)))
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1

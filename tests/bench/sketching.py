@@ -70,7 +70,7 @@ def _sheets() -> Iterator[Path]:
             ]
             picture = sheet.sheet([sheet.crops(frame, box, configs) for box in places])
             path = FOLDER / f"sheet-{name}-{size or 'as-it-is'}.png"
-            write_atomic(path, encode_png(picture))
+            write_atomic(path, encode_png(np.ascontiguousarray(picture[..., ::-1])))
             yield path
 
 
