@@ -318,8 +318,9 @@ def _report(args: argparse.Namespace) -> int:
     from factory.settings import absolute
 
     store = _store(args.root)
-    output = absolute(args.output, "--output") if args.output else store.root / "report.html"
-    _check_output(Path(output), args.output)
+    _check_present(store)
+    output = absolute(args.output, "--output") if args.output else str(store.root / "report.html")
+    _check_output(Path(output), args.output or output)
     print(write_report(store, Path(output)))
     return DONE
 

@@ -169,6 +169,7 @@ def test_status_prints_the_funnel(small_dataset: Path, capsys: pytest.CaptureFix
         (["select", "--root", "/nonexistent/root"], "python -m factory build"),
         (["compact", "--root", "/tmp/never-made"], "python -m factory build"),
         (["config", "--root", "/tmp/never-made"], "python -m factory build"),
+        (["report", "--root", "/tmp/never-made"], "python -m factory build"),
         (
             ["build", "/nonexistent/film.mp4", "--root", "/tmp/never-made"],
             "'/nonexistent/film.mp4' cannot be looked at: No such file or directory.",

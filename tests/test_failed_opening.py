@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from factory import candidates, locations, pipeline, settings, sources, tasks, worker
+from factory import candidates, intake, locations, pipeline, settings, sources, tasks, worker
 from factory.config import micro
 from factory.sources import describe_source, segments_of
 from factory.store import NotFinished, Store
@@ -144,14 +144,14 @@ def test_what_the_machine_could_not_open_is_looked_at_by_any_build_that_follows(
     film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost, other = shutil.copy(film, tmp_path / "lost.mp4"), shutil.copy(REPO / "docs/demo.jpg", tmp_path / "b.jpg")
-    monkeypatch.setattr(pipeline, "run_tasks", lambda stage, task, rows, _: (task(row) for row in rows))  # without Ray
+    monkeypatch.setattr(intake, "run_tasks", lambda stage, task, rows, _: (task(row) for row in rows))  # without Ray
     with monkeypatch.context() as patch:
         _breaks(patch, sources, worker.ATTEMPTS)
-        pipeline.add_sources(store, [str(lost)], micro())
+        intake.add_sources(store, [str(lost)], micro())
     with pytest.raises(NotFinished, match="cannot be read: Input/output error"):
         pipeline.select(store, micro())
     os.remove(lost)
-    built = pipeline.add_sources(store, [str(other)], micro())
+    built = intake.add_sources(store, [str(other)], micro())
     rows = store.table("sources").to_table(columns=["source_id", "uri", "status", "error"]).to_pylist()
     assert {(row["uri"], row["status"]) for row in rows} == {(str(lost), "failed"), (str(other), "pending")}
     assert built == {row["source_id"] for row in rows if row["uri"] == str(other)}
@@ -161,13 +161,13 @@ def test_nothing_is_selected_without_a_source_that_the_machine_did_not_open(
     film: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = shutil.copy(film, tmp_path / "film.mp4")
-    monkeypatch.setattr(pipeline, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
+    monkeypatch.setattr(intake, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
     with monkeypatch.context() as patch:
         probing_fails(patch, {"film.mp4": "killed"})
-        pipeline.add_sources(store, [str(path)], micro())
+        intake.add_sources(store, [str(path)], micro())
     with pytest.raises(NotFinished, match=r"build again\.\n  .*film\.mp4: probe: the process was killed"):
         pipeline.select(store, micro())
-    pipeline.add_sources(store, [str(path)], micro())
+    intake.add_sources(store, [str(path)], micro())
     (row,) = store.table("sources").to_table(columns=["status", "error", "segment_starts"]).to_pylist()
     assert row == {"status": "pending", "error": None, "segment_starts": [0.0]}
 
@@ -184,17 +184,17 @@ def test_a_source_that_was_never_opened_and_is_no_more_holds_nothing_up(
 ) -> None:
     lost = Path(shutil.copy(film, tmp_path / "lost.mp4"))
     other = write_film(tmp_path / "other.mp4", patterns(1, 12))
-    monkeypatch.setattr(pipeline, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
+    monkeypatch.setattr(intake, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
     with monkeypatch.context() as patch:
         probing_fails(patch, {"lost.mp4": "killed"})
-        pipeline.add_sources(store, [str(lost)], micro())
-        of_other = pipeline.add_sources(store, [str(other)], micro())  # the lost one is tried again, and killed again
+        intake.add_sources(store, [str(lost)], micro())
+        of_other = intake.add_sources(store, [str(other)], micro())  # the lost one is tried again, and killed again
     assert _told(store) == {str(lost): ("pending", None), str(other): ("pending", [0.0])}
     if fate == "gone":
         lost.unlink()
     else:
         write_film(lost, patterns(2, 6))
-    assert pipeline.add_sources(store, [str(other)], micro()) == of_other
+    assert intake.add_sources(store, [str(other)], micro()) == of_other
     assert _told(store) == {str(lost): ("failed", None), str(other): ("pending", [0.0])}
     (row,) = store.table("sources").to_table(columns=["error"], filter="status = 'failed'").to_pylist()
     assert row["error"] == error
@@ -206,13 +206,13 @@ def test_a_source_that_the_machine_did_not_open_is_opened_by_the_next_build_of_o
 ) -> None:
     before, after = tmp_path / "film.mp4", tmp_path / "moved.mp4"
     shutil.copy(film, before)
-    monkeypatch.setattr(pipeline, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
+    monkeypatch.setattr(intake, "run_tasks", lambda _, task, rows, __: (task(row) for row in rows))  # without Ray
     with monkeypatch.context() as patch:
         probing_fails(patch, {"film.mp4": "killed"})
-        pipeline.add_sources(store, [str(before)], micro())
+        intake.add_sources(store, [str(before)], micro())
     if moved:
         before.rename(after)
-    pipeline.add_sources(store, [str(after)] if moved else [], micro())
+    intake.add_sources(store, [str(after)] if moved else [], micro())
     assert _told(store) == {str(after if moved else before): ("pending", [0.0])}
 
 

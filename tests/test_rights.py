@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from factory import pipeline
+from factory import intake
 from factory.__main__ import USAGE, main
 from factory.rights import RightsFile
 from factory.store import Store
@@ -94,13 +94,13 @@ def test_a_changed_file_changes_the_rows_and_decodes_nothing(
     file = films.parent / "sources.yaml"
     for licence in ("CC-BY-4.0", "CC0-1.0"):
         file.write_text(f'"{films.name}/*-00.mp4": {{licence: {licence}}}\nabsent.mkv: {{licence: MIT}}\n')
-        pipeline.record_rights(store, RightsFile(str(file)))
+        intake.record_rights(store, RightsFile(str(file)))
         assert _sources(store) == {"toon-00.mp4": UNKNOWN | {"licence": licence}, "toon-01.mp4": UNKNOWN}
         said = capsys.readouterr().out
         assert "1 of 2 sources changed" in said
         assert "'absent.mkv' names no source" in said
     version = store.table("sources").version
-    pipeline.record_rights(store, RightsFile(str(file)))
+    intake.record_rights(store, RightsFile(str(file)))
     assert store.table("sources").version == version
     assert [store.table(name).version for name in ("candidates", "samples")] == versions
 

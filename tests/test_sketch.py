@@ -144,7 +144,7 @@ def test_one_picture_becomes_one_file(drawing: Drawing, tmp_path: Path, capsys: 
         (("--image", "text.png", "--output", "s3://b/lines.png"), "only a file on this machine"),
         (("--image", "", "--output", "lines.png"), "Is a directory"),
         (("--image", "fine.png", "--output", "fine.png"), "is the picture itself"),
-        (("--image", "fine.png", "--output", "folder.png"), "Give it a file's name that ends in .png."),
+        (("--image", "fine.png", "--output", "folder.png"), "folder.png is a folder. Give a file's name."),
         (("--image", "fine.png", "--output", "text.png/lines.png"), "--output text.png/lines.png: "),
         (("--image", "damaged.png", "--output", "lines.png"), "--image damaged.png: it is damaged: "),
         (("--image", "text.png"), "--image and --output go together"),

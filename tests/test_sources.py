@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
-from factory import pipeline, schema, settings, tasks, worker
+from factory import intake, pipeline, schema, settings, tasks, worker
 from factory.config import FactoryConfig, micro
 from factory.decode import decode
 from factory.sources import describe_source, find_sources, segments_of
@@ -230,7 +230,7 @@ def test_a_source_that_changed_in_a_build_is_recorded_and_taken_up_by_the_next(
     picture = films / "goes.jpg"
     shutil.copy(REPO / "docs/demo.jpg", picture)
     (films / "late.mp4").symlink_to(tmp_path / "late")
-    store, describe = Store(str(tmp_path / "root")), pipeline.add_sources
+    store, describe = Store(str(tmp_path / "root")), intake.add_sources
     store.create()
 
     def described_then_changed(*args: Any) -> set[str]:
@@ -279,7 +279,7 @@ def test_a_source_that_comes_and_goes_is_always_in_the_table(ray_session: str, f
             shutil.copy(film, tmp_path / "late")
         else:
             (tmp_path / "late").unlink(missing_ok=True)
-        built = pipeline.add_sources(store, [str(path)], _config())
+        built = intake.add_sources(store, [str(path)], _config())
         found = store.table("sources").to_table(columns=["source_id", "status"]).to_pylist()
         assert {row["source_id"]: row["status"] for row in found}[built.pop()] == ("pending" if there else "failed")
 
@@ -295,9 +295,9 @@ def test_sources_of_the_lots_before_a_crash_are_not_read_again(
     whole, store = Store(str(tmp_path / "whole")), Store(str(tmp_path / "root"))
     whole.create()
     store.create()
-    pipeline.add_sources(whole, find_sources([str(folder)]), _config())
-    monkeypatch.setattr(pipeline, "_UNITS_PER_LOT", 2)
-    run_tasks, lots = pipeline.run_tasks, []
+    intake.add_sources(whole, find_sources([str(folder)]), _config())
+    monkeypatch.setattr(intake, "_UNITS_PER_LOT", 2)
+    run_tasks, lots = intake.run_tasks, []
 
     def crashing(stage: str, task: Any, rows: list[Any], *args: Any) -> Iterator[Any]:
         lots.append([Path(row["uris"][0]).name for row in rows])
@@ -306,16 +306,16 @@ def test_sources_of_the_lots_before_a_crash_are_not_read_again(
         return run_tasks(stage, task, rows, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run_tasks", crashing)
+        patch.setattr(intake, "run_tasks", crashing)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.add_sources(store, find_sources([str(folder)]), _config())
+            intake.add_sources(store, find_sources([str(folder)]), _config())
     assert lots == [["a.mp4", "b.mp4"], ["c.mp4", "d.mp4"]]
     for name in ("a.mp4", "b.mp4"):  # whoever reads one of them finds another source
         path = folder / name
         found = path.stat()
         path.write_bytes(bytes(found.st_size))
         os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
-    pipeline.add_sources(store, find_sources([str(folder)]), _config())
+    intake.add_sources(store, find_sources([str(folder)]), _config())
     rows, expected = (s.table("sources").to_table().sort_by("source_id").to_pylist() for s in (store, whole))
     assert rows == expected
     assert sorted(Path(row["uri"]).name for row in rows) == ["a.mp4", "b.mp4", "d.mp4", "e.mp4"]
@@ -326,7 +326,7 @@ def test_a_file_that_no_worker_survives_holds_no_other_up(
 ) -> None:
     for name, count in (("a.mp4", 3), ("b.mp4", 4), ("c.mp4", 5)):
         write_film(tmp_path / name, patterns(count, 4))
-    store, run_tasks = Store(str(tmp_path / "root")), pipeline.run_tasks
+    store, run_tasks = Store(str(tmp_path / "root")), intake.run_tasks
     store.create()
 
     def deadly(stage: str, task: Any, rows: list[Any], *args: Any) -> Iterator[Any]:
@@ -336,13 +336,13 @@ def test_a_file_that_no_worker_survives_holds_no_other_up(
             raise NotFinished("b.mp4 has no answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run_tasks", deadly)
-        patch.setattr(pipeline, "_UNITS_PER_LOT", 2)
+        patch.setattr(intake, "run_tasks", deadly)
+        patch.setattr(intake, "_UNITS_PER_LOT", 2)
         with pytest.raises(NotFinished, match=r"b\.mp4 has no answer"):
-            pipeline.add_sources(store, find_sources([str(tmp_path)]), _config())
+            intake.add_sources(store, find_sources([str(tmp_path)]), _config())
     uris = store.table("sources").to_table(columns=["uri"])["uri"].to_pylist()
     assert sorted(Path(uri).name for uri in uris) == ["a.mp4", "c.mp4"]
-    assert len(pipeline.add_sources(store, find_sources([str(tmp_path)]), _config())) == 3
+    assert len(intake.add_sources(store, find_sources([str(tmp_path)]), _config())) == 3
 
 
 def test_one_source_more_than_fifty_is_the_only_one_that_is_read_and_decoded(

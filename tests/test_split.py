@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from factory import pipeline, status
+from factory import intake, pipeline, status
 from factory.__main__ import main
 from factory.config import FactoryConfig, micro
 from factory.settings import load
@@ -105,7 +105,7 @@ def test_a_name_that_comes_later_is_told_where_it_can_no_longer_hold_out(
 
 def test_a_name_counts_while_the_same_bytes_are_there(ray_session: str, copies: Path, store: Store) -> None:
     def names() -> dict[str, list[str]]:
-        pipeline.add_sources(store, find_sources([str(copies)]), _config())
+        intake.add_sources(store, find_sources([str(copies)]), _config())
         rows = store.table("sources").to_table().to_pylist()
         return {Path(row["uri"]).name: [Path(uri).name for uri in row["other_uris"]] for row in rows}
 
@@ -127,7 +127,7 @@ def test_empty_files_are_sources_of_their_own(ray_session: str, tmp_path: Path, 
         (folder / name).touch()
 
     def errors() -> dict[str, str | None]:
-        pipeline.add_sources(store, find_sources([str(folder)]), _config())
+        intake.add_sources(store, find_sources([str(folder)]), _config())
         return {Path(row["uri"]).name: row["error"] for row in store.table("sources").to_table().to_pylist()}
 
     assert errors() == dict.fromkeys(("a.mp4", "b.mp4"), "not a video: the file is empty")

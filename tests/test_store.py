@@ -258,8 +258,8 @@ def test_a_root_that_cannot_be_used_says_why(tmp_path: Path, store: Store) -> No
     with pytest.raises(FileNotFoundError, match="python -m factory build"):
         Store(str(tmp_path / "absent")).table("samples")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="is a file"):
-        Store(str(tmp_path / "file")).create()
+    with pytest.raises(StoreError, match="is a file"), Store(str(tmp_path / "file")).lock():
+        pass
     with pytest.raises(StoreError, match="local folders"):
         Store("s3://bucket/data")
     newer = schema.SAMPLES.with_metadata({**schema.SAMPLES.metadata, b"animesketch.format": b"99"})

@@ -27,8 +27,7 @@ DROPPED = 0.08  # share of samples without reference and caption
 
 
 class Encoded:
-    """What the base's frozen encoders make of all pictures, line layers and a caption of each, in memory: once, as
-    `fit` keeps features in its cache."""
+    """What the base's frozen encoders make of all pictures, line layers and a caption of each, in memory."""
 
     def __init__(self, backbone: Backbone, pictures: Pictures, seed: int = 0) -> None:
         self.features: list[Tensor] = []
