@@ -133,8 +133,7 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     ray = sys.modules.get("ray")
-    in_task = ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
-    if in_task and not ray.get_gpu_ids():
+    if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_task_id() and not ray.get_gpu_ids():
         return "cpu"
     torch.backends.cudnn.allow_tf32 = False  # tiles of other shapes would differ by more than a rounding
     return "cuda"
