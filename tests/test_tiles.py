@@ -155,6 +155,22 @@ def test_tiles_are_as_small_as_they_may_be(image: np.ndarray) -> None:
         assert converter.seen >= least
 
 
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_progress_counts_tiles_and_those_looked_at_before(sweeps: int, image: np.ndarray) -> None:
+    class Calibrated(_Average):
+        def calibrate(self, tiles) -> None:
+            for _ in range(self.sweeps):
+                super().calibrate(tiles)
+
+    converter, told = Calibrated(), []
+    converter.sweeps = sweeps
+    run_tiles(image, converter, size=(270, 480), tile=192, batch=2, watch=lambda *counts: told.append(counts))
+    drawn = len(converter.shown) * sweeps + 2 * 4
+    assert told[0] == (0, drawn)
+    assert told[-1] == (drawn, drawn)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
 def test_every_weight_is_far_from_nothing() -> None:
     """A Gaussian window's corners come to nothing in half precision, and a picture's corner lies in one tile alone."""
     white = np.full((300, 500, 3), 255, np.uint8)

@@ -22,7 +22,6 @@ from factory.sketch.generator import SketchGenerator, lines_of, loaded, pixels_o
 
 CHANNELS = (64, 128, 256, 512, 512, 512, 512, 512)
 LAYOUTS = ("default", "improved")
-_SWEEPS = 2  # over the picture: the first normalises each piece by itself, the next by what the one before found
 
 
 class PooledNorm(nn.Module):
@@ -117,6 +116,7 @@ class Anime2Sketch(Converter):
 
     stride = 2 ** len(CHANNELS)
     overlap = 256
+    sweeps = 2  # the first normalises each piece by itself, the next by what the one before found
 
     def __init__(self, folder: Path) -> None:
         self._model = _loaded(folder)
@@ -124,7 +124,7 @@ class Anime2Sketch(Converter):
     def calibrate(self, tiles: Callable[[], Iterable[np.ndarray]]) -> None:
         for norm in self._norms():
             norm.thaw()
-        for _ in range(_SWEEPS):
+        for _ in range(self.sweeps):
             for norm in self._norms():
                 norm.pool()
             for piece in tiles():

@@ -17,6 +17,8 @@ class Converter(ABC):
     stride: int = 1
     # Pixels in which neighbouring tiles are blended: 0 where a halo makes them agree to the last bit or nearly.
     overlap: int = 0
+    # Times that `calibrate` goes over the picture.
+    sweeps: int = 0
 
     @abstractmethod
     def __call__(self, tiles_BHW3: np.ndarray, /) -> np.ndarray:

@@ -23,7 +23,7 @@ _SMALLEST_WEIGHT = 1e-3  # of that window, whose middle is 1: that which it has 
 
 Size = tuple[int, int]  # height, width
 Box = tuple[int, int, int, int]  # top, bottom, left, right
-Watch = Callable[[int, int], None]  # told of the tiles done, of how many
+Watch = Callable[[int, int], None]  # told of the tiles done, those that are only looked at too, of how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def sketch(image: np.ndarray, config: SketchConfig, *, watch: Watch | None = Non
 
 
 def draw(image: np.ndarray, config: SketchConfig, *, watch: Watch | None = None) -> Sketch:
-    """Return the sketch of the RGB uint8 image H,W,3, and its tone. `watch(done, tiles)` is told of each batch."""
+    """Return the sketch of the RGB uint8 image H,W,3, and its tone; `watch` is told of each batch of tiles."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"A picture is RGB uint8 (H,W,3), got {image.dtype} {image.shape}.")
     image, size = fitted(image, config)
@@ -185,10 +185,22 @@ def run_tiles(
     down, across = (_Axis.of(side, tile, overlap, offset, converter.stride) for side in size)
     lines = np.empty(size, np.uint8)
     sums = np.zeros((down.tile, width), np.float32)
-    done, tiles = 0, len(down.starts) * len(across.starts)
-    if watch:
-        watch(done, tiles)
-    converter.calibrate(lambda: _cover(image, size, tile, converter.stride))
+    pieces = _cover(size, tile, converter.stride)
+    done, steps = 0, converter.sweeps * len(pieces) + len(down.starts) * len(across.starts)
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        if watch:
+            watch(done, steps)
+
+    def cover() -> Iterator[np.ndarray]:
+        for piece in pieces:
+            yield enlarged(image, piece, size)
+            step(1)
+
+    step(0)
+    converter.calibrate(cover)
     for i, top in enumerate(down.starts):
         for start in range(0, len(across.starts), batch):
             lefts = across.starts[start : start + batch]
@@ -196,9 +208,7 @@ def run_tiles(
             for left, made in zip(lefts, _lines(image, converter, boxes, size), strict=True):
                 into, used = across.inside(left, width)
                 sums[:, into] += (made * down.window[:, None] * across.window)[:, used]
-            done += len(lefts)
-            if watch:
-                watch(done, tiles)
+            step(len(lefts))
         # The rows above the next row of tiles are complete.
         end = down.starts[i + 1] if i + 1 < len(down.starts) else height
         first = max(top, 0)
@@ -288,14 +298,13 @@ class _Axis(NamedTuple):
         return slice(first, last), slice(first - start, last - start)
 
 
-def _cover(image: np.ndarray, size: Size, tile: int, stride: int) -> Iterator[np.ndarray]:
-    """Yield pieces of the picture at `size` that cover it once, of sides that are multiples of `stride`."""
+def _cover(size: Size, tile: int, stride: int) -> list[Box]:
+    """Return boxes that cover a picture of `size` once, of sides that are multiples of `stride`."""
     tile = -(-tile // stride) * stride
     spans = [
         [(start, min(start + tile, -(-side // stride) * stride)) for start in range(0, side, tile)] for side in size
     ]
-    for (top, bottom), (left, right) in itertools.product(*spans):
-        yield enlarged(image, (top, bottom, left, right), size)
+    return [(*down, *across) for down, across in itertools.product(*spans)]
 
 
 def enlarged(image: np.ndarray, box: Box, size: Size) -> np.ndarray:
