@@ -264,7 +264,7 @@ def test_the_sheet_shows_the_same_place_by_each_converter(square, image: np.ndar
     raw = whole(part, new_converter(config, short_side=min(size)), size=size, tile=1024)
     expected = tone.level(raw[box[0] : box[1], box[2] : box[3]])[0]
     assert _difference(found["micro"], expected).max() <= 3
-    assert sheet.sheet([found, found]).shape == (2 * 126, len(found) * 126, 3)
+    assert sheet.sheet([found, found]).shape == (2 * (22 + 126), len(found) * 126, 3)
 
 
 def test_the_network_of_a_converter(tmp_path: Path) -> None:

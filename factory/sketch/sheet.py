@@ -12,6 +12,7 @@ from factory.settings import NothingThere
 from factory.sketch.engine import Box, SketchConfig, enlarged, fitted, shrunk, window
 
 _WHOLE_PICTURE = ("anime2sketch",)  # converters whose lines of a part need all of it
+_HEAD = 22  # pixels of a name above its picture
 _CELL = 8  # pixels of a sketch that are looked at as one where its busiest square is sought
 
 
@@ -52,10 +53,17 @@ def crops(image: np.ndarray, box: Box, configs: dict[str, SketchConfig]) -> dict
 
 
 def sheet(rows: list[dict[str, np.ndarray]], gap: int = 6) -> np.ndarray:
-    """Return `rows` of pictures of one size each, RGB or grey, as one RGB picture on white."""
-    shown = []
-    for row in rows:
-        pictures = [p if p.ndim == 3 else cv2.cvtColor(p, cv2.COLOR_GRAY2RGB) for p in row.values()]
-        bordered = [cv2.copyMakeBorder(p, 0, gap, 0, gap, cv2.BORDER_CONSTANT, value=(255,) * 3) for p in pictures]
-        shown.append(np.hstack(bordered))
-    return np.vstack(shown)
+    """Return `rows` of pictures by name, RGB or grey and all of one size, as one RGB picture, each under its name."""
+    shown = [[_framed(_named(picture, name), gap) for name, picture in row.items()] for row in rows]
+    return np.vstack([np.hstack(row) for row in shown])
+
+
+def _named(picture: np.ndarray, name: str) -> np.ndarray:
+    colour = picture if picture.ndim == 3 else cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB)
+    head = np.full((_HEAD, colour.shape[1], 3), 255, np.uint8)
+    cv2.putText(head, name, (2, _HEAD - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (60, 60, 60), 1, cv2.LINE_AA)
+    return np.vstack([head, colour])
+
+
+def _framed(picture: np.ndarray, gap: int) -> np.ndarray:
+    return cv2.copyMakeBorder(picture, 0, gap, 0, gap, cv2.BORDER_CONSTANT, value=(255,) * 3)

@@ -85,5 +85,5 @@ def histogram(picture: np.ndarray) -> np.ndarray:
 
     counts = np.zeros(256)
     for top in range(0, len(picture), _BAND):  # OpenCV counts in single precision
-        counts += cv2.calcHist([picture[top : top + _BAND]], [0], None, [256], [0, 256])[:, 0]
+        counts += cv2.calcHist([picture[top : top + _BAND]], [0], None, [256], [0, 256]).ravel()
     return counts

@@ -19,7 +19,7 @@ class XDoGConfig:
     __pydantic_config__ = STRICT
 
     # Width of the lines: standard deviation of the inner Gaussian, in pixels of a picture with a short side of 512.
-    sigma: float = 0.9
+    sigma: float = 0.45
     # The outer Gaussian is this many times as wide (the paper's 1.6 approximates the Laplacian of Gaussian).
     k: float = 1.6
     # Strength of the edge against the tone.
