@@ -5,7 +5,7 @@ from __future__ import annotations
 import lance
 import pyarrow as pa
 
-FORMAT = "3"  # raised when a reader of the older tables would be wrong
+FORMAT = "4"  # raised when a reader of the older tables would be wrong
 STORAGE_VERSION = "2.2"  # the first Lance file format with blob v2 columns
 EMBEDDING = "layout-8x8-rgb"  # recorded in the table's metadata; a table with another one is refused
 EMBEDDING_SIZE = 192

@@ -88,7 +88,7 @@ def test_both_layouts_draw_as_published(improved: bool, entries: int, values: in
     converter = anime2sketch.Anime2Sketch(folder)
     for norm in converter._norms():
         norm.thaw()
-    np.testing.assert_allclose(converter(tile[None])[0], (wanted + 1) / 2, atol=1e-5)
+    np.testing.assert_allclose(converter(tile[None])[0], (wanted + 1) / 2, atol=1e-4)
     converter.calibrate(lambda: [tile])
     np.testing.assert_allclose(converter(tile[None])[0], (wanted + 1) / 2, atol=1e-3)
     anime2sketch._loaded.cache_clear()

@@ -284,7 +284,7 @@ class _Axis(NamedTuple):
         count = max(1, math.ceil((side + offset - overlap) / (tile - overlap)))
         tile = math.ceil((math.ceil((side + offset - overlap) / count) + overlap) / stride) * stride
         step = max(stride, (tile - overlap) // stride * stride) if overlap else tile
-        starts = list(range(-offset, max(side - (tile - step), 1), step))
+        starts = [start for start in range(-offset, max(side - (tile - step), 1), step) if start + tile > 0]
         middle, spread = (tile - 1) / 2, tile * _SPREAD if overlap else math.inf
         window = np.maximum(np.exp(-(((np.arange(tile) - middle) / spread) ** 2) / 2), _SMALLEST_WEIGHT)
         weights = np.zeros(starts[-1] + tile + offset)

@@ -38,7 +38,7 @@ def large() -> Iterator[str]:
     for converter in ("xdog", "micro", "hed"):
         for size in (*SIZES, SQUARE):
             output = FOLDER / f"{converter}.png"
-            seconds, peak = _run(frame, output, "--converter", converter, *size)
+            seconds, peak = measured(frame, output, "--converter", converter, *size)
             height, width = cv2.imread(str(output), cv2.IMREAD_UNCHANGED).shape
             pixels = height * width / 1e6
             yield (
@@ -47,7 +47,7 @@ def large() -> Iterator[str]:
             )
 
 
-def _run(frame: Path, output: Path, *options: str) -> tuple[float, float]:
+def measured(frame: Path, output: Path, *options: str) -> tuple[float, float]:
     """Return the seconds and the peak resident bytes of one command."""
     command = [sys.executable, "-m", "factory", "sketch", "--image", str(frame), "--output", str(output)]
     begun = time.perf_counter()
