@@ -26,7 +26,7 @@ from trainer.micro import measure
 COUNT = 24  # drawings
 SIZES = ((640, 360), (1280, 720), (1920, 1080))
 TOLERANCE = 0.0075  # of the picture's diagonal, as BSDS scores edges
-TILE = 1024
+TILINGS = {"micro": (2, 1024), "hed": (1, 512)}  # the scene so many times enlarged, in tiles of so many pixels
 CROP = 360  # pixels
 
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -128,30 +128,32 @@ def tiling(folder: Path) -> list[Comparison]:
     """
     torch.set_num_threads(2)
     image = scene("concert1")
-    size = (1530 * 2, 2400 * 2)
     found = []
-    for name in ("micro", "hed"):
+    for name, (times, tile) in TILINGS.items():
+        size = (image.shape[0] * times, image.shape[1] * times)
         converter = new_converter(SketchConfig(converter=name), short_side=min(size))
-        network = _plain(name)
 
-        def ours(converter: engine.Converter = converter) -> int:
-            engine.run_tiles(image, converter, size=size, tile=TILE)
+        def ours(converter: engine.Converter = converter, size: engine.Size = size, tile: int = tile) -> int:
+            engine.run_tiles(image, converter, size=size, tile=tile)
             return size[0] * size[1]
 
-        def loop(network: Convert = network, halo: int = converter.halo) -> int:
-            large = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LANCZOS4)
-            rest = (-size[0] % TILE, -size[1] % TILE)
-            large = np.pad(large, ((halo, halo + rest[0]), (halo, halo + rest[1]), (0, 0)), mode="reflect")
-            lines = np.empty((size[0] + rest[0], size[1] + rest[1]), np.uint8)
-            for top in range(0, size[0], TILE):
-                for left in range(0, size[1], TILE):
-                    made = network(large[top : top + TILE + 2 * halo, left : left + TILE + 2 * halo])
-                    lines[top : top + TILE, left : left + TILE] = _grey(made)[halo:-halo, halo:-halo]
-            return size[0] * size[1]
-
-        comparison = compare(f"{name}, 4800 x 3060 in tiles of {TILE} / a plain loop", "pixels/s", ours, loop, rounds=3)
+        loop = functools.partial(_loop, image, _plain(name), size, tile, converter.halo)
+        what = f"{name}, {size[1]} x {size[0]} in tiles of {tile} / a plain loop"
+        comparison = compare(what, "pixels/s", ours, loop, rounds=3)
         found.append(comparison)
     return found
+
+
+def _loop(image: np.ndarray, network: Convert, size: engine.Size, tile: int, halo: int) -> int:
+    large = image if size == image.shape[:2] else cv2.resize(image, size[::-1], interpolation=cv2.INTER_LANCZOS4)
+    rest = (-size[0] % tile, -size[1] % tile)
+    large = np.pad(large, ((halo, halo + rest[0]), (halo, halo + rest[1]), (0, 0)), mode="reflect")
+    lines = np.empty((size[0] + rest[0], size[1] + rest[1]), np.uint8)
+    for top in range(0, size[0], tile):
+        for left in range(0, size[1], tile):
+            made = network(large[top : top + tile + 2 * halo, left : left + tile + 2 * halo])
+            lines[top : top + tile, left : left + tile] = _grey(made)[halo:-halo, halo:-halo]
+    return size[0] * size[1]
 
 
 def _plain(name: str) -> Convert:
