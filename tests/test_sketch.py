@@ -145,7 +145,7 @@ def test_one_picture_becomes_one_file(drawing: Drawing, tmp_path: Path, capsys: 
         (("--image", "", "--output", "lines.png"), "Is a directory"),
         (("--image", "fine.png", "--output", "fine.png"), "is the picture itself"),
         (("--image", "fine.png", "--output", "folder.png"), "folder.png is a folder. Give a file's name."),
-        (("--image", "fine.png", "--output", "text.png/lines.png"), "--output text.png/lines.png: "),
+        (("--image", "fine.png", "--output", "text.png/lines.png"), "text.png is a file, no folder."),
         (("--image", "damaged.png", "--output", "lines.png"), "--image damaged.png: it is damaged: "),
         (("--image", "text.png"), "--image and --output go together"),
         (("--root", "data", "--output", "lines.png"), "--image and --output go together"),

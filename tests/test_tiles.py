@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from factory.models import WEIGHTS
+from factory.settings import UsageError
 from factory.sketch import sheet, tone
 from factory.sketch.anime2sketch import Anime2Sketch, new_network
 from factory.sketch.converter import Converter
@@ -230,6 +231,7 @@ def test_sizes(image: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
+        ({"converter": "hedd"}, r"one of xdog, micro, hed, anime2sketch, got 'hedd'"),
         ({"size": 100_000}, r"sketch\.size"),
         ({"square": "pad"}, r"sketch\.square"),
         ({"tile": 100}, r"sketch\.tile must"),
@@ -244,7 +246,16 @@ def test_what_can_not_be_is_refused(wrong: dict, told: str) -> None:
         SketchConfig(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3), np.float32)])
+def test_lines_that_are_no_numbers_are_refused(image: np.ndarray) -> None:
+    class Broken(_Average):
+        def __call__(self, tiles_BHW3: np.ndarray) -> np.ndarray:
+            return super().__call__(tiles_BHW3) * np.nan
+
+    with pytest.raises(UsageError, match="weights are damaged"):
+        run_tiles(image, Broken(), size=(270, 480), tile=192)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3), np.float32), "frame.png"])
 def test_what_is_no_picture_is_refused(wrong: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"RGB uint8 \(H,W,3\)"):
         sketch(wrong, SketchConfig())

@@ -6,13 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
 
 from factory.models import OWNER, files_hash, find_model
-from factory.settings import STRICT
+from factory.settings import STRICT, UsageError
 from factory.sketch.converter import Converter
 from factory.sketch.tone import Tone, brightened, level
 from factory.sketch.xdog import XDoG, XDoGConfig
@@ -21,6 +21,7 @@ VERSION = "3"  # raised when the same frame would give another sketch
 _SPREAD = 2 / 15  # standard deviation of a blended tile's Gaussian window, by its side
 _SMALLEST_WEIGHT = 1e-3  # of that window, whose middle is 1: that which it has at the edge
 
+ConverterName = Literal["xdog", "micro", "hed", "anime2sketch"]
 Size = tuple[int, int]  # height, width
 Box = tuple[int, int, int, int]  # top, bottom, left, right
 Watch = Callable[[int, int], None]  # told of the tiles done, those that are only looked at too, of how many
@@ -34,7 +35,7 @@ class SketchConfig:
 
     # The converter: `xdog`, an operator of two Gaussians; `micro`, a network trained on drawn line layers, shipped;
     # `hed` and `anime2sketch`, published networks (python -m factory weights --help).
-    converter: Literal["xdog", "micro", "hed", "anime2sketch"] = "xdog"
+    converter: ConverterName = "xdog"
     # Folder of the network; none: animesketch/<converter>, shipped or fetched.
     model: str | None = None
     # Long side of the sketch (pixels); none: the frame's own size.
@@ -56,6 +57,9 @@ class SketchConfig:
     xdog: XDoGConfig = field(default_factory=XDoGConfig)
 
     def __post_init__(self) -> None:
+        if self.converter not in get_args(ConverterName):
+            there = ", ".join(get_args(ConverterName))
+            raise ValueError(f"sketch.converter must be one of {there}, got {self.converter!r}.")
         if self.size is not None and not 16 <= self.size <= 20480:
             raise ValueError(f"sketch.size must lie in 16 to 20480, got {self.size}.")
         if self.square and self.size is None:
@@ -105,8 +109,9 @@ def sketch(image: np.ndarray, config: SketchConfig, *, watch: Watch | None = Non
 
 def draw(image: np.ndarray, config: SketchConfig, *, watch: Watch | None = None) -> Sketch:
     """Return the sketch of the RGB uint8 image H,W,3, and its tone; `watch` is told of each batch of tiles."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"A picture is RGB uint8 (H,W,3), got {image.dtype} {image.shape}.")
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f'A picture is RGB uint8 (H,W,3), as np.asarray(Image.open(file).convert("RGB")); got {got}.')
     image, size = fitted(image, config)
     converter = new_converter(config, short_side=min(size))
     image, is_brightened = brightened(image, below=config.brighten_below)
@@ -249,6 +254,8 @@ def _lines(image: np.ndarray, converter: Converter, boxes: list[Box], size: Size
 
     seen = [(*shown(top, bottom), *shown(left, right)) for top, bottom, left, right in boxes]
     tiles = converter(np.stack([enlarged(image, box, size) for box in seen]))
+    if not np.isfinite(tiles).all():
+        raise UsageError("The network draws values that are no numbers: its weights are damaged. Get it again.")
     return [
         tile[top - y : bottom - y, left - x : right - x]
         for tile, (top, bottom, left, right), (y, _, x, _) in zip(tiles, boxes, seen, strict=True)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from factory.files import SUMS, check_sealed
+from factory.files import SUMS, DamagedFolder, check_sealed
 from factory.settings import UsageError
 from factory.sketch.converter import Converter
 
@@ -116,14 +116,17 @@ class Generator(Converter):
 
 def loaded(model: M, folder: Path) -> M:
     """Return `model` with the weights in `folder`, for inference: in single precision, laid out by channel last, on the
-    GPU if this process has one. UsageError where the weights are another network's; DamagedFolder by their seal.
+    GPU if this process has one. UsageError where the weights are damaged, or another network's.
     """
-    if (folder / SUMS).is_file():
-        check_sealed(folder)
     try:
+        if (folder / SUMS).is_file():
+            check_sealed(folder)
         model.load_state_dict(load_file(folder / "model.safetensors"))
+    except DamagedFolder as error:
+        raise UsageError(f"{error} Get the network again (python -m factory weights --help).") from None
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{folder} holds no weights of this converter: {str(error).splitlines()[0]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(f"{folder} holds no weights of this converter: {why}") from None
     model = model.float().eval().requires_grad_(False).to(device())
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

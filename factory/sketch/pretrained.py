@@ -82,9 +82,8 @@ def convert_anime2sketch(file: Path, folder: Path) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the kind of pickle
             held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise whatever the reader stumbles over
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{file} holds more than weights, or is damaged: {why}") from None
+    except Exception:  # damaged pickles raise whatever the reader stumbles over; torch's advice is to run them
+        raise UsageError(f"{file} holds more than weights, or is damaged. Download it again.") from None
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise UsageError(f"{file} is no state dict of a network: it must map names to tensors.")
     state = {str(key).removeprefix("module."): value for key, value in held.items()}
@@ -95,6 +94,8 @@ def convert_anime2sketch(file: Path, folder: Path) -> Path:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}"
         raise UsageError(f"{file} is not Anime2Sketch's generator ({layout} layout): it {what}.")
     for theirs, ours in keys.items():
+        if not state[theirs].isfinite().all():
+            raise UsageError(f"{file} is damaged: {theirs} has values that are no numbers.")
         if state[theirs].shape != wanted[ours].shape:
             shapes = f"{tuple(state[theirs].shape)} and not {tuple(wanted[ours].shape)}"
             raise UsageError(f"{file} is not Anime2Sketch's generator ({layout} layout): {theirs} is {shapes}.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import cv2
 import numpy as np
 
 from factory.settings import NothingThere
-from factory.sketch.engine import Box, SketchConfig, enlarged, fitted, shrunk, window
+from factory.sketch.engine import Box, ConverterName, SketchConfig, enlarged, fitted, shrunk, window
 
 _WHOLE_PICTURE = ("anime2sketch",)  # converters whose lines of a part need all of it
 _HEAD = 22  # pixels of a name above its picture
@@ -19,7 +19,7 @@ _CELL = 8  # pixels of a sketch that are looked at as one where its busiest squa
 def variants(config: SketchConfig) -> dict[str, SketchConfig]:
     """Return `config` by each converter that is on this machine and draws a part alone, by its name."""
     found = {}
-    for name in get_args(get_type_hints(SketchConfig)["converter"]):
+    for name in get_args(ConverterName):
         one = config if name == config.converter else dataclasses.replace(config, converter=name, model=None)
         try:
             one.decides()  # asks for the network's files
