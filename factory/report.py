@@ -166,7 +166,7 @@ def _spread(store: Store, count: int) -> list[dict[str, Any]]:
 
 def contact_sheet(store: Store, count: int = CROPS) -> dict[str, Any]:
     """Return `crops` of so many samples: `source`, `timestamp`, and `pictures` of one place pixel by pixel, as `frame`
-    and by each converter that is on this machine; and how to get `more` of them."""
+    and by each converter that is on this machine; and how to get one `more`."""
     config = from_dict(FactoryConfig, store.settings() or {}).sketch
     configs = sheet.variants(config)
     shown = []
@@ -178,8 +178,7 @@ def contact_sheet(store: Store, count: int = CROPS) -> dict[str, Any]:
         image = decode_image(data)
         crops = sheet.crops(image, sheet.busiest(image, config, CROP), configs)
         shown.append(row | {"pictures": {name: encoded(Image.fromarray(crop), "png") for name, crop in crops.items()}})
-    more = [command for name, command in HOW_TO_GET.items() if name == f"{OWNER}hed" and "hed" not in configs]
-    return {"crops": shown, "more": more}
+    return {"crops": shown, "more": None if "hed" in configs else HOW_TO_GET[f"{OWNER}hed"]}
 
 
 def turns(groups: Sequence[Sequence[Any]]) -> Iterable[list[Any]]:

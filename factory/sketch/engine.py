@@ -22,6 +22,7 @@ _SPREAD = 2 / 15  # standard deviation of a blended tile's Gaussian window, by i
 _SMALLEST_WEIGHT = 1e-3  # of that window, whose middle is 1: that which it has at the edge
 
 ConverterName = Literal["xdog", "micro", "hed", "anime2sketch"]
+BLENDED = ("anime2sketch",)  # converters whose tiles differ by what else is in the picture
 Size = tuple[int, int]  # height, width
 Box = tuple[int, int, int, int]  # top, bottom, left, right
 Watch = Callable[[int, int], None]  # told of the tiles done, those that are only looked at too, of how many
@@ -86,7 +87,7 @@ class SketchConfig:
         The grid of tiles is among them only where blended tiles differ: elsewhere it moves a value by 1 of 255.
         """
         found = asdict(self)
-        grid = ("tile", "overlap", "tile_offset") if self.converter != "anime2sketch" else ()
+        grid = ("tile", "overlap", "tile_offset") if self.converter not in BLENDED else ()
         for name in ("model", "batch", *grid):
             del found[name]
         if self.converter != "xdog":

@@ -9,9 +9,8 @@ import cv2
 import numpy as np
 
 from factory.settings import NothingThere
-from factory.sketch.engine import Box, ConverterName, SketchConfig, enlarged, fitted, shrunk, window
+from factory.sketch.engine import BLENDED, Box, ConverterName, SketchConfig, enlarged, fitted, shrunk, window
 
-_WHOLE_PICTURE = ("anime2sketch",)  # converters whose lines of a part need all of it
 _HEAD = 22  # pixels of a name above its picture
 _CELL = 8  # pixels of a sketch that are looked at as one where its busiest square is sought
 
@@ -25,7 +24,7 @@ def variants(config: SketchConfig) -> dict[str, SketchConfig]:
             one.decides()  # asks for the network's files
         except NothingThere:
             continue
-        if name not in _WHOLE_PICTURE:
+        if name not in BLENDED:
             found[name] = one
     return found
 
