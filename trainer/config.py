@@ -20,7 +20,9 @@ class DataConfig:
         None  # version or tag of samples.lance; None: the newest when the run starts, then pinned
     )
     resolution: int = 512  # side of the square target, in pixels
-    target: Literal["training_sketch", "image"] = "training_sketch"  # column of the picture that is learned: lines, colour
+    target: Literal["training_sketch", "image"] = (
+        "training_sketch"  # column of the picture that is learned: lines, colour
+    )
     reference: Literal["training_sketch", "image"] = "training_sketch"  # column of what the image encoder sees
     keywords: bool = True  # texts end with the sample's keywords; those of line art are wrong beside a colour target
     accepted_only: bool = False  # only samples that a reviewer has accepted

@@ -65,6 +65,7 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
                 value = engine.optimizer.state[parameter][moment]
             else:
                 value = safe_get_full_optimizer_state(parameter, moment)
+            assert value is not None, name
             state[f"{moment}.{name}"] = value.detach().cpu().contiguous()
     return state
 

@@ -1,4 +1,5 @@
-"""Optimizers: Muon and AdamW, which train fastest here where seconds count; and what an adapter's run changes by step."""
+"""Muon for a model's matrices and AdamW for the rest: what trains fastest here where seconds count; and the rates that
+change from step to step."""
 
 from __future__ import annotations
 
