@@ -258,7 +258,7 @@ def _why_empty(dataset: lance.LanceDataset, split: str, config: DataConfig) -> s
     if dataset.count_rows(f"{wanted} AND split = '{split}'"):
         absent = [column for column in (config.target, config.reference) if not _count(dataset, split, column, wanted)]
         column = absent[0] if absent else f"{config.target} and {config.reference}"
-        message = f"{table} no row of split {split!r} with a {column} {at} "
+        message = f"{table} no row of split {split!r} with {column} {at} "
         message += f"Run: {_command('build' if column == 'image' else 'sketch', config.root)}"
     elif config.accepted_only and dataset.count_rows(f"selected AND split = '{split}'"):
         message = f"{table} no accepted row of split {split!r} {at} Review it, or train on all: {_ALL}"
