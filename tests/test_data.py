@@ -194,9 +194,9 @@ def test_target_and_reference_are_the_columns_that_are_asked_for(tmp_path: Path)
     assert read()[0] == ["0", "1", "2"]
     assert read(target="image", reference="image")[0] == ["0", "1", "3"]
     no_sketch = write(tmp_path / "b", [row(0, image=photo(0), training_sketch=None)])
-    with pytest.raises(ValueError, match="no row of split 'train' with training_sketch at .* factory sketch"):
+    with pytest.raises(ValueError, match=r"no row of split 'train' with training_sketch at .* factory sketch"):
         Samples(DataConfig(root=no_sketch, target="image"), "train")
-    with pytest.raises(ValueError, match="no row of split 'train' with image at .* factory build"):
+    with pytest.raises(ValueError, match=r"no row of split 'train' with image at .* factory build"):
         Samples(DataConfig(root=write(tmp_path / "c", [row(0)]), target="image"), "train")
 
 

@@ -242,9 +242,11 @@ def test_a_run_with_all_options_goes_on_to_the_same_average(
             validation_steps=2,
         ),
         None,
-        ["workers.num_workers=2", "workers.zero_stage=3", "learning_rate=1e-3", "lr_scheduler=cosine"]
-        + ["lr_warmup_steps=1", "max_grad_norm=0.5", "snr_gamma=5", "noise_offset=0.1", "ema_decay=0.6"]
-        + ["gradient_checkpointing=true", "pictures={steps: 2, count: 2, num_inference_steps: 2}"],
+        [
+            *("workers.num_workers=2", "workers.zero_stage=3", "learning_rate=1e-3", "lr_scheduler=cosine"),
+            *("lr_warmup_steps=1", "max_grad_norm=0.5", "snr_gamma=5", "noise_offset=0.1", "ema_decay=0.6"),
+            *("gradient_checkpointing=true", "pictures={steps: 2, count: 2, num_inference_steps: 2}"),
+        ],
     )
     loop.fit(config)
     run = Run(config.output)

@@ -57,7 +57,10 @@ def whole_parameters(engine: Any) -> Iterator[None]:
 
 
 def optimizer_state(engine: Any) -> dict[str, Tensor]:
-    """Return AdamW's moments on the CPU, fp32, whole, as "exp_avg.NAME" and "exp_avg_sq.NAME"; all ranks must call."""
+    """Return copies of AdamW's moments on the CPU, fp32, whole, as "exp_avg.NAME" and "exp_avg_sq.NAME".
+
+    All ranks must call it together.
+    """
     state = {}
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
@@ -66,7 +69,7 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
             else:
                 value = safe_get_full_optimizer_state(parameter, moment)
             assert value is not None, name
-            state[f"{moment}.{name}"] = value.detach().cpu().contiguous()
+            state[f"{moment}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
     return state
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from factory.files import new_folder, write_atomic
-from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
+from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, cross_attention
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import load_backbone
 from trainer.config import TrainerConfig
@@ -214,8 +214,9 @@ class Worker:
         self._copy.attach(self.base.unet)
         try:
             yield self._copy
-        finally:
-            self.adapter.attach(self.base.unet)
+        finally:  # not by attach: it compares shapes, and ZeRO-3 leaves none
+            for key, attention in cross_attention(self.base.unet).items():
+                attention.set_processor(self.adapter.ip_adapter[key])
 
     @torch.no_grad()
     def _average(self, share: float) -> None:
