@@ -205,9 +205,9 @@ def test_a_picture_of_a_sheet_is_the_one_that_the_server_draws(tmp_path: Path, d
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
     write_sheet([(reference, ours)] * 3, tmp_path / "pictures" / "step-1.png")
-    sheet = Image.open(tmp_path / "pictures" / "step-1.png")
-    assert sheet.size == (128, 192)
-    assert np.array_equal(np.asarray(sheet.crop((64, 64, 128, 128))), np.asarray(ours))
+    with Image.open(tmp_path / "pictures" / "step-1.png") as sheet:
+        assert sheet.size == (128, 192)
+        assert np.array_equal(np.asarray(sheet.crop((64, 64, 128, 128))), np.asarray(ours))
 
 
 def test_texts_and_references_may_be_given(tmp_path: Path, dataset: str):
@@ -253,7 +253,7 @@ def test_a_run_with_all_options_goes_on_to_the_same_average(
     steps = [record for record in run.history() if "loss" in record]
     assert [record["learning_rate"] for record in steps] == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3])
     assert all(0 <= record["data_wait"] <= record["seconds"] and record["peak_memory_mib"] > 100 for record in steps)
-    assert {path.name: Image.open(path).size for path in (run.folder / "pictures").iterdir()} == {
+    assert {path.name: _size(path) for path in (run.folder / "pictures").iterdir()} == {
         "step-2.png": (128, 128),
         "step-4.png": (128, 128),
     }
@@ -270,3 +270,8 @@ def test_a_run_with_all_options_goes_on_to_the_same_average(
     assert end() == once
     with pytest.raises(ValueError, match="made with max_train_steps=4, this command says 5"):
         loop.fit(dataclasses.replace(config, max_train_steps=5))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
