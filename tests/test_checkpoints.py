@@ -103,7 +103,7 @@ from trainer.config import TrainerConfig, WorkersConfig
 from trainer.engine import load_optimizer_state, make_engine, optimizer_state, set_learning_rate, whole_parameters
 torch.set_num_threads(1)
 
-def make(stage, weights=None):
+def make(stage, weights=None, precision="no"):
     torch.manual_seed(0)
     adapter = Adapter(AdapterConfig(cross_attention_dim=33, embedding_dim=41, dim=64, depth=1), {"1": 35, "3": 37})
     if weights:
@@ -113,7 +113,8 @@ def make(stage, weights=None):
         return sum(layer.to_k_ip(tokens).square().mean() + layer.to_v_ip(tokens).sin().mean()
                    for layer in adapter.ip_adapter.values())
     adapter.forward = forward
-    return make_engine(adapter, TrainerConfig(train_batch_size=2, workers=WorkersConfig(zero_stage=stage)))
+    workers = WorkersConfig(zero_stage=stage)
+    return make_engine(adapter, TrainerConfig(train_batch_size=2, mixed_precision=precision, workers=workers))
 
 def train(engine, steps):
     for step in steps:
@@ -126,28 +127,29 @@ def weights(engine):
     with whole_parameters(engine):
         return {name: value.detach().clone() for name, value in engine.module.named_parameters()}
 
-def again(stage, saved):
-    engine = make(stage, load_file(f"{folder}/weights-{saved}"))
+def again(stage, saved, precision="no"):
+    engine = make(stage, load_file(f"{folder}/weights-{saved}"), precision)
     load_optimizer_state(engine, load_file(f"{folder}/state-{saved}"), 3)
     return engine
 
-for stage in range(4):
+for stage, precision in [(0, "no"), (1, "no"), (2, "no"), (3, "no"), (1, "bf16"), (3, "bf16")]:
     if world == 2:
-        engine = make(stage)
+        name = f"{stage}{precision.removeprefix('no')}"
+        engine = make(stage, precision=precision)
         train(engine, range(3))
-        files = {f"{folder}/state-{stage}": optimizer_state(engine), f"{folder}/weights-{stage}": weights(engine)}
+        files = {f"{folder}/state-{name}": optimizer_state(engine), f"{folder}/weights-{name}": weights(engine)}
         train(engine, range(3, 6))
-        files[f"{folder}/end-{stage}"] = weights(engine)
+        files[f"{folder}/end-{name}"] = weights(engine)
         if rank == 0:
             for path, tensors in files.items():
                 save_file(tensors, path)
         dist.barrier()
-        engine = again(stage, stage)
-        assert all(torch.equal(a, files[f"{folder}/state-{stage}"][k]) for k, a in optimizer_state(engine).items())
+        engine = again(stage, name, precision)
+        assert all(torch.equal(a, files[f"{folder}/state-{name}"][k]) for k, a in optimizer_state(engine).items())
         train(engine, range(3, 6))
         ours = weights(engine)
-        assert all(torch.equal(a, ours[k]) for k, a in files[f"{folder}/end-{stage}"].items()), stage
-    else:
+        assert all(torch.equal(a, ours[k]) for k, a in files[f"{folder}/end-{name}"].items()), name
+    elif precision == "no":
         for saved in range(4):
             engine = again(stage, saved)
             train(engine, range(3, 6))

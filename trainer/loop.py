@@ -179,6 +179,10 @@ def _absolute(config: TrainerConfig) -> TrainerConfig:
         pretrained_model_name_or_path=_model(config.pretrained_model_name_or_path, "--base"),
         image_encoder=config.image_encoder and _model(config.image_encoder, "image_encoder"),
         adapter=config.adapter and absolute(config.adapter, "adapter"),
+        pictures=dataclasses.replace(
+            config.pictures,
+            references=tuple(absolute(path, "pictures.references") for path in config.pictures.references),
+        ),
     )
 
 
