@@ -1,7 +1,7 @@
 """The run folder of contract 2: what a run was made with, its checkpoints and its metrics. Light: no model library.
 
 run.json               what the run was made with; a command that differs in it is refused
-metrics.jsonl          one line per step (`Worker.step`); one per validation; before them, at step 0, one per alignment step
+metrics.jsonl          one line per step (`Worker.step`) and per validation; before them, at step 0, per alignment step
 checkpoints/step-N/    sealed: adapter/, and state/ with the optimizer's, and run.json
 pictures/              sheets of validation pictures, one per step at which they were asked for
 adapter/ best/         the newest complete adapter, and the one with the lowest validation loss
