@@ -68,8 +68,8 @@ def test_forty_steps_through_three_kills_equal_forty_in_one_go(
 def learned(ray_session: str, config: TrainerConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainerConfig:
     """The settings of a run of forty steps on the micro base, which has been made.
 
-    A random base won't do: on the twin, weights that are changed by 6e-8 of themselves at step 20 come to losses 4e-3 to
-    1e-2 apart by step 40 on the same workers; on the micro base, to 1e-8.
+    A random base won't do: on the twin, weights that are changed by 6e-8 of themselves at step 20 come to losses 4e-3
+    to 1e-2 apart by step 40 on the same workers; on the micro base, to 1e-8.
     """
     output = tmp_path_factory.mktemp("runs") / "learned"
     base = {"pretrained_model_name_or_path": "animesketch/micro", "learning_rate": 2e-4, "output": str(output)}
