@@ -3,82 +3,82 @@
     engine = Engine.load("/runs/7", base="/models/stable-diffusion-v1-5")
     engine.infer(Recipe(prompt="a girl under a tree", reference=Image.open("sketch.png"), seed=7))[0].save("out.png")
 
-Plain torch: no Ray, no HTTP. Shape suffixes: B pictures of a batch, T text tokens, I image tokens, N image patches +
-CLS, E vision width, C text width, h and w latents.
+Pictures are drawn in slots. Each slot has its own recipe and its own time step, and `step` takes any slots of one shape
+a step further at once: pictures join and leave between steps (`serving/batcher.py` decides which). What does not depend
+on the step is made once for a slot, and kept for later ones with the same content.
+
+Plain torch: no Ray, no HTTP. Shape suffixes: N slots, B rows of a batch (a slot has two under guidance), T text tokens,
+I image tokens, E vision width, C text width, h and w latents.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from serving.attention import Layers, States, attach, image_layers, nbytes, side_by_side, text_layers
+from serving.cache import Cache
+from serving.recipe import Recipe
 from trainer.adapter import Adapter, AdapterError, read_config
 from trainer.backbone import Backbone, load_backbone
 
-MAX_SEED = 2**63 - 1
+ONLY = "adapter"  # name of the adapter of an engine that has one
+CACHE_BYTES = 256 * 2**20  # of keys and values; a text of SD v1.5 takes 7.7 MB in fp32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """All that decides a picture, apart from the models. The same recipe gives the same picture."""
+@dataclass(eq=False, kw_only=True)
+class Slot:
+    """One picture that is being drawn."""
 
-    prompt: str
-    # what the unconditional half of the guidance is told
-    negative_prompt: str = ""
-    # the sketch whose style and content guide the picture; None = text alone, which is the base model itself
-    reference: Image.Image | None = None
-    # DDIM steps, 1 to 999
-    num_inference_steps: int = 50
-    # eps = eps_u + guidance_scale (eps_c - eps_u); 1 leaves the unconditional half out
-    guidance_scale: float = 7.5
-    # the paper's alpha: weight of the image branch in every cross-attention
-    adapter_scale: float = 0.5
-    # picture i draws its noise from seed + i
-    seed: int = 0
-    # width and height in pixels, multiples of the VAE's factor; None = the base's native size
-    size: tuple[int, int] | None = None
-    # number of pictures
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_inference_steps <= 999:
-            raise ValueError(f"num_inference_steps must be from 1 to 999, got {self.num_inference_steps}.")
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}.")
-        if not 0 <= self.seed <= MAX_SEED - self.n + 1:
-            raise ValueError(f"seed must be from 0 to {MAX_SEED - self.n + 1} for n = {self.n}, got {self.seed}.")
-        for name in ("guidance_scale", "adapter_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One DDIM step that is done, handed to `on_step`."""
-
-    # steps done and to do for the whole recipe; with n above the batch size they count over all batches
+    recipe: Recipe
+    # which picture of the recipe
     number: int
-    total: int
-    # which picture of the recipe the first one of this batch is
-    first: int
-    # the clean latents (B,4,h,w) that this step predicts: Engine.decode makes them a preview
-    x0: Tensor
+    # what each row attends to, the unconditional one first; without guidance there is but one
+    rows: tuple[tuple[Layers, Layers | None, float], ...]
+    # (1,4,h,w), fp32
+    latents: Tensor
+    # image tokens that its adapter makes: those of a batch have as many
+    image_tokens: int
+    # what the sampler still has to go through, the next one first
+    timesteps: list[int] = field(default_factory=list)
+    # the clean latents (1,4,h,w) that the last step predicted: Engine.decode makes them a preview
+    x0: Tensor | None = None
+
+    @property
+    def done(self) -> int:
+        """Steps that are done."""
+        return self.recipe.num_inference_steps - len(self.timesteps)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What slots must share to be denoised together: h, w, I."""
+        return (*self.latents.shape[2:], self.image_tokens)
 
 
 class Engine:
-    """A base with an adapter attached. Not for several threads at once: the adapter lives in the UNet."""
+    """A base with adapters. Not for several threads at once."""
 
-    def __init__(self, backbone: Backbone, adapter: Adapter, *, batch_size: int = 4) -> None:
-        """Attach `adapter` to `backbone.unet`; `batch_size` pictures go through the UNet at once."""
+    def __init__(
+        self, backbone: Backbone, adapters: Adapter | Mapping[str, Adapter], *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        """Make `backbone.unet` take the keys and values of slots. The adapters only make them: they are not attached."""
         self.backbone = backbone
-        self.adapter = adapter.to(backbone.device, backbone.unet.dtype).requires_grad_(False).eval()
-        self.batch_size = batch_size
-        self.adapter.attach(backbone.unet)
+        self.adapters: dict[str, Adapter] = {}
+        for name, adapter in ({ONLY: adapters} if isinstance(adapters, Adapter) else adapters).items():
+            self.add(name, adapter)
+        attach(backbone.unet)
+        self._kept: Cache[Layers] = Cache(cache_bytes, nbytes)
+        scheduler = backbone.scheduler()
+        self._scheduler = scheduler
+        # at t + 1 the alpha-bar of t; at 0 that of the time before the last step
+        abar = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod])
+        self._abar = abar.to(backbone.device)
+        self._batch: tuple[list[Slot], States] | None = None
 
     @classmethod
     def load(
@@ -89,7 +89,6 @@ class Engine:
         image_encoder: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        batch_size: int = 4,
     ) -> Engine:
         """Return an engine for an adapter or run folder on `base`, by default the base that the adapter's config names.
 
@@ -101,33 +100,100 @@ class Engine:
         if base is None:
             raise ValueError(f"Adapter {adapter} names no base. Give it: base=/absolute/folder or base=owner/name.")
         backbone = load_backbone(base, image_encoder=image_encoder, dtype=dtype, device=device)
+        engine = cls(backbone, {})
+        engine.add(ONLY, engine.read_adapter(adapter))
+        return engine
+
+    def read_adapter(self, adapter: str) -> Adapter:
+        """Return the adapter of a folder or file. AdapterError when it was trained on a base with other weights."""
+        trained_on = read_config(adapter).get("base") or {}
         wanted = trained_on.get("weights_hash")
-        if wanted is not None and wanted != backbone.weights_hash:
+        if wanted is not None and wanted != self.backbone.weights_hash:
             raise AdapterError(
                 f"Adapter {adapter} was trained on base {trained_on.get('id')} {wanted[:12]}…, this server runs "
-                f"{backbone.id} {backbone.weights_hash[:12]}…. Start it with base=… or pick another adapter."
+                f"{self.backbone.id} {self.backbone.weights_hash[:12]}…. Start it with base=… or pick another adapter."
             )
-        return cls(backbone, Adapter.from_pretrained(adapter, dtype=dtype), batch_size=batch_size)
+        return Adapter.from_pretrained(adapter, dtype=self.backbone.unet.dtype)
 
-    def infer(self, recipe: Recipe, on_step: Callable[[Step], None] | None = None) -> list[Image.Image]:
-        """Return the `recipe.n` RGB pictures of a recipe.
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Have `adapter` draw for recipes that name it. AdapterError when it does not fit the UNet."""
+        adapter.check(self.backbone.unet)
+        unet = self.backbone.unet
+        self.adapters[name] = adapter.to(unet.device, unet.dtype).requires_grad_(False).eval()
+
+    def remove(self, name: str) -> None:
+        """Give an adapter up; slots that it has made are drawn to their end."""
+        del self.adapters[name]
+        self._kept.drop(lambda key: isinstance(key, tuple) and key[0] == name)
+
+    @torch.inference_mode()
+    def slot(self, recipe: Recipe, number: int = 0, adapter: str = ONLY) -> Slot:
+        """Return a slot for picture `number` of a recipe, at its first step. ValueError for a size that can't be made.
+
+        The unconditional image is a zero pixel tensor through the encoder. Without a reference, or at alpha 0, there is
+        no image branch.
+        """
+        size = self.size(recipe)
+        found, scale = self.adapters[adapter], recipe.adapter_scale
+        prompts = (recipe.negative_prompt, recipe.prompt)
+        images: tuple[Layers | None, Layers | None] = (None, None)
+        if recipe.reference is not None and scale != 0:
+            images = (self._image(adapter, None), self._image(adapter, recipe.reference))
+        rows = tuple((self._text(prompt), image, scale) for prompt, image in zip(prompts, images, strict=True))
+        self._scheduler.set_timesteps(recipe.num_inference_steps)
+        return Slot(
+            recipe=recipe,
+            number=number,
+            rows=rows[1:] if recipe.guidance_scale == 1.0 else rows,
+            latents=self.noise(recipe.seed + number, size),
+            image_tokens=found.config.num_tokens,
+            timesteps=self._scheduler.timesteps.tolist(),
+        )
+
+    @torch.inference_mode()
+    def step(self, slots: Sequence[Slot]) -> None:
+        """Take slots of one shape a DDIM step (eta 0) further, each at its own time. Latents stay in float32."""
+        unet = self.backbone.unet
+        guided = [i for i, slot in enumerate(slots) if len(slot.rows) == 2]
+        order = [*guided, *range(len(slots))]  # unconditional rows first
+        latents_N4hw = torch.cat([slot.latents for slot in slots])
+        times = [slot.timesteps[0] for slot in slots]
+        t_N = torch.tensor(times, device=latents_N4hw.device)
+        before_N = [t - len(self._scheduler.alphas_cumprod) // s.recipe.num_inference_steps for t, s in zip(times, slots, strict=True)]
+        model_input = latents_N4hw[order].to(unet.dtype)
+        eps = unet(model_input, t_N[order], encoder_hidden_states=self._states(slots), return_dict=False)[0].float()
+        eps_N4hw = eps[len(guided) :]
+        if guided:
+            without = eps_N4hw.clone()
+            without[guided] = eps[: len(guided)]
+            scale = torch.tensor([slot.recipe.guidance_scale for slot in slots], device=eps.device).view(-1, 1, 1, 1)
+            eps_N4hw = without + scale * (eps_N4hw - without)
+        abar = self._abar[[t + 1 for t in times]].view(-1, 1, 1, 1)
+        abar_before = self._abar[[max(t, -1) + 1 for t in before_N]].view(-1, 1, 1, 1)
+        latents_N4hw, x0_N4hw = ddim_step(latents_N4hw, eps_N4hw, abar, abar_before)
+        for slot, latents, x0 in zip(slots, latents_N4hw.split(1), x0_N4hw.split(1), strict=True):
+            slot.latents, slot.x0 = latents, x0
+            del slot.timesteps[0]
+
+    def infer(self, recipe: Recipe, on_step: Callable[[list[Slot]], None] | None = None) -> list[Image.Image]:
+        """Return the `recipe.n` RGB pictures of a recipe, drawn side by side.
 
         `on_step` is called after each step; what it raises ends the sampling and comes out of here. Pictures are the
-        same for the same recipe on the same machine; another batch size, dtype or device changes them by float noise.
+        same for the same recipe on the same machine; other neighbours, dtypes or devices change them by float noise.
         ValueError for a size that the VAE can't make; ArithmeticError when the models give no finite numbers.
         """
-        width, height = self.size(recipe)
-        with torch.inference_mode():
-            text_2TC, image_2IC, scale = self._condition(recipe)
-            images: list[Image.Image] = []
-            for first in range(0, recipe.n, self.batch_size):
-                seeds = [recipe.seed + i for i in range(first, min(first + self.batch_size, recipe.n))]
-                noise_B4hw = self.noise(seeds, (width, height))
-                latents_B4hw = self._sample(recipe, noise_B4hw, text_2TC, image_2IC, scale, first, on_step)
-                if not bool(torch.isfinite(latents_B4hw).all()):
-                    raise ArithmeticError("Sampling gave NaN or infinity. Run with dtype float32 or bfloat16.")
-                images += self.decode(latents_B4hw)
-        return images
+        slots = [self.slot(recipe, i) for i in range(recipe.n)]
+        while slots[0].timesteps:
+            self.step(slots)
+            if on_step is not None:
+                on_step(slots)
+        return [self.picture(slot) for slot in slots]
+
+    def picture(self, slot: Slot) -> Image.Image:
+        """Return the RGB picture of a slot that is done. ArithmeticError when its latents are not finite."""
+        if not bool(torch.isfinite(slot.latents).all()):
+            raise ArithmeticError("Sampling gave NaN or infinity. Run with dtype float32 or bfloat16.")
+        return self.decode(slot.latents)
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
         """Return width and height in pixels of a recipe's pictures. ValueError unless the VAE can make them."""
@@ -137,68 +203,45 @@ class Engine:
             raise ValueError(f"Sides must be multiples of {factor}, got {width}x{height}.")
         return width, height
 
-    def noise(self, seeds: list[int], size: tuple[int, int]) -> Tensor:
-        """Return start latents (B,4,h,w), each drawn on the CPU from its own seed: no picture depends on another."""
+    def noise(self, seed: int, size: tuple[int, int]) -> Tensor:
+        """Return start latents (1,4,h,w), drawn on the CPU from their own seed: no picture depends on another."""
         factor = self.backbone.latent_factor
         shape = (1, self.backbone.vae.config["latent_channels"], size[1] // factor, size[0] // factor)
-        drawn = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-        return torch.cat(drawn).to(self.backbone.device)
+        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(self.backbone.device)
 
-    def decode(self, latents_B4hw: Tensor) -> list[Image.Image]:
-        """Return RGB pictures of scaled latents, decoded one by one so that memory does not grow with the batch."""
-        return [Image.fromarray(self.backbone.latents_to_image(one)[0]) for one in latents_B4hw.split(1)]
+    def decode(self, latents_14hw: Tensor) -> Image.Image:
+        """Return the RGB picture of scaled latents."""
+        return Image.fromarray(self.backbone.latents_to_image(latents_14hw)[0])
 
     def cut_tokens(self, text: str) -> int:
         """Return how many tokens of `text` the text encoder does not see, 0 for most."""
         return max(0, self.backbone.token_count(text) - self.backbone.max_tokens)
 
-    def _condition(self, recipe: Recipe) -> tuple[Tensor, Tensor, float]:
-        """Return text tokens (2,T,C) and image tokens (2,I,C), negative first, and alpha; once per recipe.
+    def _text(self, text: str) -> Layers:
+        """Return what a text is to each layer."""
+        return self._kept.get(text, lambda: text_layers(self.backbone.unet, self.backbone.encode_text([text])))
 
-        The unconditional image is a zero pixel tensor through the encoder. Without a reference alpha is 0: the image
-        branch isn't computed, and its tokens are empty.
-        """
-        text_2TC = self.backbone.encode_text([recipe.negative_prompt, recipe.prompt])
-        if recipe.reference is None or recipe.adapter_scale == 0:
-            return text_2TC, text_2TC[:, :0], 0.0
-        hidden_2NE = torch.cat([self.backbone.encode_image_null(1), self.backbone.encode_image([recipe.reference])])
-        return text_2TC, self.adapter.image_tokens(hidden_2NE), recipe.adapter_scale
+    def _image(self, name: str, picture: Image.Image | None) -> Layers:
+        """Return what a reference, or none, is to each layer by the adapter of that name."""
 
-    def _sample(
-        self,
-        recipe: Recipe,
-        noise_B4hw: Tensor,
-        text_2TC: Tensor,
-        image_2IC: Tensor,
-        scale: float,
-        first: int,
-        on_step: Callable[[Step], None] | None,
-    ) -> Tensor:
-        """Return the clean latents (B,4,h,w) that DDIM (eta 0) makes of `noise`. Latents stay in float32."""
-        backbone, batch = self.backbone, len(noise_B4hw)
-        scheduler = backbone.scheduler()
-        scheduler.set_timesteps(recipe.num_inference_steps)
-        timesteps = scheduler.timesteps.tolist()
-        stride = len(scheduler.alphas_cumprod) // recipe.num_inference_steps
-        guided = recipe.guidance_scale != 1.0
-        halves = slice(None) if guided else slice(1, None)
-        text, image = (tokens[halves].repeat_interleave(batch, dim=0) for tokens in (text_2TC, image_2IC))
-        latents = noise_B4hw
-        for done, t in enumerate(timesteps, start=1):
-            model_input = latents.repeat(2 if guided else 1, 1, 1, 1).to(backbone.unet.dtype)
-            at = torch.full((len(model_input),), t, device=latents.device)
-            eps = self.adapter.denoise(backbone.unet, model_input, at, text, image, scale).float()
-            if guided:
-                eps_u, eps_c = eps.chunk(2)
-                eps = eps_u + recipe.guidance_scale * (eps_c - eps_u)
-            previous = t - stride
-            abar_previous = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
-            latents, x0 = ddim_step(latents, eps, scheduler.alphas_cumprod[t], abar_previous)
-            if on_step is not None:
-                batches = math.ceil(recipe.n / self.batch_size)
-                number = first // self.batch_size * len(timesteps) + done
-                on_step(Step(number=number, total=batches * len(timesteps), first=first, x0=x0))
-        return latents
+        def make() -> Layers:
+            hidden = self.backbone.encode_image_null(1) if picture is None else self.backbone.encode_image([picture])
+            adapter = self.adapters[name]
+            return image_layers(self.backbone.unet, adapter, adapter.image_tokens(hidden))
+
+        return self._kept.get((name, None if picture is None else content(picture)), make)
+
+    def _states(self, slots: Sequence[Slot]) -> States:
+        """Return what the rows of a batch attend to; made anew when a slot has joined or left."""
+        if self._batch is None or self._batch[0] != list(slots):
+            rows = [slot.rows[0] for slot in slots if len(slot.rows) == 2]
+            self._batch = list(slots), side_by_side([*rows, *(slot.rows[-1] for slot in slots)])
+        return self._batch[1]
+
+
+def content(picture: Image.Image) -> str:
+    """Return what tells one picture from another: sha256 of its size and pixels."""
+    return hashlib.sha256(repr((picture.size, picture.mode)).encode() + picture.tobytes()).hexdigest()
 
 
 def ddim_step(x: Tensor, eps: Tensor, abar: Tensor, abar_previous: Tensor) -> tuple[Tensor, Tensor]:

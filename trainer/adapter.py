@@ -168,7 +168,7 @@ class Adapter(nn.Module):
         """Return a new adapter in fp32: to_k_ip and to_v_ip start as copies of each layer's to_k and to_v."""
         layers = cross_attention(unet)
         adapter = cls(config, {key: attn.to_k.out_features for key, attn in layers.items()})
-        adapter._check(layers)
+        adapter.check(unet)
         with torch.no_grad():
             for key, attn in layers.items():
                 layer: Any = adapter.ip_adapter[key]
@@ -182,9 +182,8 @@ class Adapter(nn.Module):
         The modules are shared with the UNet from then on: freeze or cast the UNet before. AdapterError when it has
         other layers.
         """
-        layers = cross_attention(unet)
-        self._check(layers)
-        for key, attn in layers.items():
+        self.check(unet)
+        for key, attn in cross_attention(unet).items():
             attn.set_processor(self.ip_adapter[key])
 
     def detach(self, unet: UNet2DConditionModel) -> None:
@@ -269,8 +268,9 @@ class Adapter(nn.Module):
             ) from None
         return adapter.requires_grad_(True)
 
-    def _check(self, layers: Mapping[str, Any]) -> None:
-        """Raise AdapterError unless this adapter fits the attn2 `layers` of a UNet."""
+    def check(self, unet: UNet2DConditionModel) -> None:
+        """Raise AdapterError unless this adapter fits the attn2 layers of `unet`."""
+        layers = cross_attention(unet)
         modules: dict[str, Any] = dict(self.ip_adapter.items())
         have = {key: tuple(module.to_k_ip.weight.shape) for key, module in modules.items()}
         want = {key: tuple(attn.to_k.weight.shape) for key, attn in layers.items()}
