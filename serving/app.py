@@ -9,6 +9,7 @@ Serve does not read.
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, cast
@@ -22,19 +23,21 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serving.api import create_api
+from serving.batcher import best_cap, step_seconds
 from serving.config import ServingConfig, from_args
-from serving.engine import Engine
+from serving.engine import ONLY, Engine
 from serving.keys import load_keys
 from serving.protocol import ApiError, Busy
 from serving.worker import Event, Facts, Job, Worker
 
+log = logging.getLogger("ray.serve")
 REPLICA, INGRESS = "SketchReplica", "SketchIngress"
 STATUS_S = 2.0  # how long an answer of Serve's controller is used again by /health
 
 
 @serve.deployment(name=REPLICA)
 class SketchReplica:
-    """One engine. Jobs wait for their turn inside; the event loop stays free for Serve's health checks."""
+    """One engine. Jobs are drawn side by side; the event loop stays free for Serve's health checks."""
 
     def __init__(self, config: ServingConfig) -> None:
         """Load base and adapter. AdapterError when they don't belong together: the deployment then fails."""
@@ -46,9 +49,11 @@ class SketchReplica:
             image_encoder=config.image_encoder,
             dtype=getattr(torch, config.dtype),
             device=config.device or ("cuda" if config.num_gpus else "cpu"),
-            batch_size=config.batch_size,
         )
-        self.worker = Worker(engine, config.model)
+        seconds = step_seconds(engine, ONLY, config.max_batch_size)
+        cap = best_cap(seconds)
+        log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
+        self.worker = Worker(engine, config.model, cap=cap)
 
     async def facts(self) -> Facts:
         """Return what this server is."""

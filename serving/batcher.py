@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 
 from serving.engine import Engine, Slot
 from serving.recipe import Recipe
@@ -90,8 +91,6 @@ def step_seconds(engine: Engine, adapter: str, most: int) -> dict[int, float]:
     It ends at the first number that does not bring `GAIN` times the pictures of half as many, or does not fit the
     memory. What is measured is warm afterwards.
     """
-    from PIL import Image
-
     side = engine.backbone.image_encoder.config.image_size
     recipe = Recipe(prompt="warm", reference=Image.new("RGB", (side, side), "white"), num_inference_steps=4)
     found: dict[int, float] = {}

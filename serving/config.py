@@ -76,8 +76,8 @@ class ServingConfig:
     # replicas that are always there, and how far the autoscaler goes under load
     min_replicas: int = 1
     max_replicas: int = 1
-    # requests that one replica has accepted: one is sampled, the others wait in the replica for their turn
-    max_ongoing_requests: int = 2
+    # requests that one replica has accepted: as many as fit are denoised together, the others wait for a place
+    max_ongoing_requests: int = 8
     # requests that wait for a replica; the next one gets 429 with Retry-After
     max_queued_requests: int = 16
     # seconds that a client is told to wait after 429
@@ -91,8 +91,8 @@ class ServingConfig:
     num_gpus: float = 0.0
     # torch threads of a replica; None = what Ray gives, which is num_cpus. More threads than cores slows all down
     num_threads: int | None = None
-    # pictures that go through the UNet at once; a larger n is sampled in groups of this size
-    batch_size: int = 4
+    # pictures that are denoised at once, at most; fewer where more bring nothing, which is measured at the start
+    max_batch_size: int = 16
     # file with one sha256 of a key per line (`serving/keys.py`); None = no key, and loopback only
     key_file: str | None = None
     limits: Limits = field(default_factory=Limits)
@@ -100,7 +100,7 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        for name in ("min_replicas", "max_ongoing_requests", "max_queued_requests", "batch_size", "request_timeout_s"):
+        for name in ("min_replicas", "max_ongoing_requests", "max_queued_requests", "max_batch_size", "request_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.num_threads is not None and self.num_threads < 1:

@@ -46,7 +46,7 @@ class Slot:
     image_tokens: int
     # what the sampler still has to go through, the next one first
     timesteps: list[int] = field(default_factory=list)
-    # the clean latents (1,4,h,w) that the last step predicted: Engine.decode makes them a preview
+    # the clean latents (1,4,h,w) that the last step predicted: Engine.picture makes them a preview
     x0: Tensor | None = None
 
     @property
@@ -77,7 +77,7 @@ class Engine:
         self._scheduler = scheduler
         # at t + 1 the alpha-bar of t; at 0 that of the time before the last step
         abar = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod])
-        self._abar = abar.to(backbone.device)
+        self._abar, self._train_steps = abar.to(backbone.device), len(abar) - 1
         self._batch: tuple[list[Slot], States] | None = None
 
     @classmethod
@@ -159,7 +159,7 @@ class Engine:
         latents_N4hw = torch.cat([slot.latents for slot in slots])
         times = [slot.timesteps[0] for slot in slots]
         t_N = torch.tensor(times, device=latents_N4hw.device)
-        before_N = [t - len(self._scheduler.alphas_cumprod) // s.recipe.num_inference_steps for t, s in zip(times, slots, strict=True)]
+        before_N = [t - self._train_steps // s.recipe.num_inference_steps for t, s in zip(times, slots, strict=True)]
         model_input = latents_N4hw[order].to(unet.dtype)
         eps = unet(model_input, t_N[order], encoder_hidden_states=self._states(slots), return_dict=False)[0].float()
         eps_N4hw = eps[len(guided) :]
@@ -189,11 +189,16 @@ class Engine:
                 on_step(slots)
         return [self.picture(slot) for slot in slots]
 
+    @torch.inference_mode()
     def picture(self, slot: Slot) -> Image.Image:
-        """Return the RGB picture of a slot that is done. ArithmeticError when its latents are not finite."""
-        if not bool(torch.isfinite(slot.latents).all()):
+        """Return the RGB picture of a slot that is done, or as its last step predicts it.
+
+        ArithmeticError when its latents are not finite.
+        """
+        latents = slot.x0 if slot.timesteps and slot.x0 is not None else slot.latents
+        if not bool(torch.isfinite(latents).all()):
             raise ArithmeticError("Sampling gave NaN or infinity. Run with dtype float32 or bfloat16.")
-        return self.decode(slot.latents)
+        return Image.fromarray(self.backbone.latents_to_image(latents)[0])
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
         """Return width and height in pixels of a recipe's pictures. ValueError unless the VAE can make them."""
@@ -208,10 +213,6 @@ class Engine:
         factor = self.backbone.latent_factor
         shape = (1, self.backbone.vae.config["latent_channels"], size[1] // factor, size[0] // factor)
         return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(self.backbone.device)
-
-    def decode(self, latents_14hw: Tensor) -> Image.Image:
-        """Return the RGB picture of scaled latents."""
-        return Image.fromarray(self.backbone.latents_to_image(latents_14hw)[0])
 
     def cut_tokens(self, text: str) -> int:
         """Return how many tokens of `text` the text encoder does not see, 0 for most."""

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.config import Limits
-from serving.engine import MAX_SEED, Recipe
+from serving.recipe import MAX_SEED, Recipe
 from serving.pictures import BadPicture, read_picture
 
 # fields of OpenAI's image routes that have no meaning here

@@ -1,18 +1,24 @@
-"""One engine, one request at a time, off the event loop; a request that is given up stops after the step in flight."""
+"""One engine in a thread of its own, off the event loop: jobs join it and leave it between two steps.
+
+A job that is given up costs the step in flight and no more.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
+import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
-from serving.engine import Engine, Recipe, Step
+from serving.batcher import Batcher
+from serving.engine import ONLY, Engine, Slot, content
 from serving.pictures import write_picture
+from serving.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,8 @@ class Job:
     """A recipe and how its pictures are to be delivered."""
 
     recipe: Recipe
+    # name of the adapter that draws it
+    adapter: str = ONLY
     output_format: str = "png"
     output_compression: int = 100
     # previews per picture
@@ -28,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """First event of a job: it has its turn now."""
+    """First event of a job: it is accepted, and will be drawn."""
 
     # what the caller should know about the request, in words
     warnings: tuple[str, ...]
@@ -60,18 +68,32 @@ class Facts:
     random_weights: bool
 
 
-class GivenUp(Exception):
-    """Nobody waits for this job any more."""
+class SamplerStopped(Exception):
+    """The thread that draws has ended by a fault of its own: this worker is of no use any more."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job that is being drawn, and where its events go: from any thread; None is the last one."""
+
+    job: Job
+    send: Callable[[Event | Exception | None], None]
+    slots: list[Slot] = field(default_factory=list)
 
 
 class Worker:
-    """Runs jobs on an engine, in the order in which they come."""
+    """Draws jobs on an engine."""
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: Engine, model: str, *, cap: int = 4) -> None:
+        """`cap`: pictures of the native size that are denoised at a time."""
         self.engine = engine
         self.model = model
-        self._turn = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
+        self.batcher = Batcher(engine, cap)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what to do before the next step
+        self._running: dict[int, _Running] = {}  # by id of slot
+        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")  # in order, beside the next step
+        self._stopped: Exception | None = None
+        threading.Thread(target=self._draw, name="sampler", daemon=True).start()
 
     def facts(self) -> Facts:
         """Return what this server is."""
@@ -86,39 +108,91 @@ class Worker:
         )
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
-        """Yield Started at the job's turn, then its Pictures. Cancelled or closed, it stops after the step in flight.
+        """Yield Started once the job is accepted, then its Pictures. Cancelled or closed, it leaves the batch.
 
-        What goes wrong in one job is raised here and touches no other.
+        What goes wrong in one job is raised here and touches no other. SamplerStopped when nothing works any more.
         """
-        async with self._turn:
-            yield Started(warnings=self.warnings(job.recipe))
-            loop = asyncio.get_running_loop()
-            events: asyncio.Queue[Picture | None] = asyncio.Queue()
-            given_up = threading.Event()
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+        running = _Running(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        self._inbox.put(lambda: self._join(running))
+        try:
+            while (event := await events.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            self._inbox.put(lambda: self._leave(running))
 
-            def send(event: Picture | None) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, event)
+    def _draw(self) -> None:
+        """Step through what there is, for ever."""
+        try:
+            while True:
+                if not (self.batcher.active or self.batcher.waiting):
+                    self._inbox.get()()
+                while not self._inbox.empty():
+                    self._inbox.get()()
+                slots, failed = self.batcher.step()
+                for slot, error in failed:
+                    if id(slot) in self._running:  # its job has not failed by another slot
+                        self._fail(self._running[id(slot)], error)
+                for slot in slots:
+                    if id(slot) in self._running:
+                        self._stepped(self._running[id(slot)], slot)
+        except BaseException as error:
+            self._stopped = SamplerStopped(f"The sampler stopped: {error!r}")
+            for running in set(self._running.values()):
+                self._send(running, self._stopped)
+            raise
 
-            def work() -> None:
-                try:
-                    self._run(job, given_up, send)
-                finally:
-                    send(None)
+    def _join(self, running: _Running) -> None:
+        if self._stopped is not None:
+            running.send(self._stopped)
+            return
+        recipe = running.job.recipe
+        try:
+            running.slots = [self.engine.slot(recipe, i, running.job.adapter) for i in range(recipe.n)]
+            warnings = self.warnings(recipe)
+        except Exception as error:
+            running.send(error)
+            return
+        self._running |= {id(slot): running for slot in running.slots}
+        self.batcher.add(running.slots)
+        running.send(Started(warnings=warnings))
 
-            done = loop.run_in_executor(self._pool, work)
-            try:
-                while (event := await events.get()) is not None:
-                    yield event
-                await done
-            finally:  # the turn ends when the thread does, also when this task is cancelled again while it waits
-                given_up.set()
-                while not done.done():
-                    try:
-                        await asyncio.wait([done])
-                    except asyncio.CancelledError:
-                        continue
-                if not done.cancelled():
-                    done.exception()  # seen: raised above, or of no interest to anybody
+    def _leave(self, running: _Running) -> None:
+        self.batcher.remove(running.slots)
+        for slot in running.slots:
+            self._running.pop(id(slot), None)
+
+    def _stepped(self, running: _Running, slot: Slot) -> None:
+        """Send what a slot's step has brought: a preview, or its picture, and with the last one the end."""
+        job, steps = running.job, running.job.recipe.num_inference_steps
+        previews = {round(steps * (k + 1) / (job.partial_images + 1)): k for k in range(job.partial_images)}
+        partial = previews.get(slot.done) if slot.timesteps else None
+        if slot.timesteps and partial is None:
+            return
+        try:
+            image = self.engine.picture(slot)
+        except Exception as error:
+            self._fail(running, error)
+            return
+        self._files.submit(self._write, running, image, slot.number, partial)
+        if not slot.timesteps:
+            del self._running[id(slot)]
+            running.slots = [other for other in running.slots if other is not slot]
+            if not running.slots:
+                self._files.submit(self._send, running, None)
+
+    def _fail(self, running: _Running, error: Exception) -> None:
+        self._leave(running)
+        self._files.submit(self._send, running, error)
+
+    def _write(self, running: _Running, image: Image.Image, number: int, partial: int | None) -> None:
+        try:
+            self._send(running, self._picture(running.job, image, number, partial))
+        except Exception as error:
+            self._send(running, error)
 
     def warnings(self, recipe: Recipe) -> tuple[str, ...]:
         """Return what was asked for and will not be seen in the picture."""
@@ -133,32 +207,10 @@ class Worker:
             found.append("The base has random weights, made for tests: pictures are noise.")
         return tuple(found)
 
-    def _run(self, job: Job, given_up: threading.Event, send: Callable[[Picture], None]) -> None:
-        recipe, steps = job.recipe, job.recipe.num_inference_steps
-        previews = {round(steps * (k + 1) / (job.partial_images + 1)): k for k in range(job.partial_images)}
-
-        def on_step(step: Step) -> None:
-            if given_up.is_set():
-                raise GivenUp
-            number = (step.number - 1) % steps + 1
-            if number in previews and number < steps:
-                for i, image in enumerate(self.engine.decode(step.x0), start=step.first):
-                    send(self._picture(job, image, i, previews[number]))
-
-        if given_up.is_set():
-            return
-        try:
-            images = self.engine.infer(recipe, on_step)
-        except GivenUp:
-            return
-        for i, image in enumerate(images):
-            send(self._picture(job, image, i, None))
-
     def _picture(self, job: Job, image: Image.Image, i: int, partial: int | None) -> Picture:
         """Return picture i as a file whose recipe makes it again, alone: its own seed, no time, no request id."""
-        recipe, backbone = job.recipe, self.engine.backbone
+        recipe, backbone, reference = job.recipe, self.engine.backbone, job.recipe.reference
         width, height = image.size
-        reference = recipe.reference
         facts = {
             "prompt": recipe.prompt,
             "negative_prompt": recipe.negative_prompt,
@@ -167,7 +219,7 @@ class Worker:
             "adapter_scale": recipe.adapter_scale,
             "seed": recipe.seed + i,
             "size": f"{width}x{height}",
-            "reference_sha256": None if reference is None else hashlib.sha256(reference.tobytes()).hexdigest(),
+            "reference_sha256": None if reference is None else content(reference),
             "model": self.model,
             "base": backbone.id,
             "base_weights_hash": backbone.weights_hash,
@@ -175,3 +227,8 @@ class Worker:
         }
         data = write_picture(image, job.output_format, job.output_compression, facts)
         return Picture(data=data, seed=recipe.seed + i, partial=partial)
+
+    @staticmethod
+    def _send(running: _Running, event: Event | Exception | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            running.send(event)

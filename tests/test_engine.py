@@ -15,8 +15,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from serving.engine import MAX_SEED, Engine, Recipe, Step, ddim_step
+from serving.batcher import Batcher, best_cap, step_seconds
+from serving.engine import ONLY, Engine, Slot, ddim_step
 from serving.pictures import read_recipe
+from serving.recipe import MAX_SEED, Recipe
 from serving.worker import Job, Picture, Started, Worker
 from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, AdapterError
 from trainer.backbone import ddim, load_backbone, make_twin
@@ -103,11 +105,10 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def last_latents(engine: Engine, wanted: Recipe) -> np.ndarray:
-    """The final latents: after the last step to t = 1 they are x0 mixed with eps; x0 is what on_step gives."""
-    with torch.inference_mode():
-        text, image, scale = engine._condition(wanted)
-        noise = engine.noise([wanted.seed], engine.size(wanted))
-        return engine._sample(wanted, noise, text, image, scale, 0, None).numpy()
+    slot = engine.slot(wanted)
+    while slot.timesteps:
+        engine.step([slot])
+    return slot.latents.numpy()
 
 
 def test_the_picture_with_a_reference_equals_stock_diffusers(
@@ -153,22 +154,6 @@ def test_picture_i_of_n_is_the_picture_of_its_own_seed(engine: Engine, reference
     assert abs(pixels(three[0]) - pixels(three[1])).max() > 5
 
 
-def test_groups_of_the_batch_size_give_the_same_pictures(engine: Engine, reference: Image.Image) -> None:
-    wanted = recipe(reference=reference, n=3, num_inference_steps=3)
-    steps: list[Step] = []
-    whole = engine.infer(wanted)
-    engine.batch_size = 2
-    try:
-        grouped = engine.infer(wanted, steps.append)
-    finally:
-        engine.batch_size = 4
-    for a, b in zip(whole, grouped, strict=True):
-        assert abs(pixels(a) - pixels(b)).max() <= 1
-    assert [(s.number, s.total, s.first, len(s.x0)) for s in steps] == [
-        (1, 6, 0, 2), (2, 6, 0, 2), (3, 6, 0, 2), (4, 6, 2, 1), (5, 6, 2, 1), (6, 6, 2, 1),
-    ]  # fmt: skip
-
-
 def test_the_same_recipe_gives_the_same_pixels(engine: Engine, reference: Image.Image) -> None:
     first, second = (engine.infer(recipe(reference=reference))[0].tobytes() for _ in range(2))
     assert first == second
@@ -199,9 +184,9 @@ def test_ddim_steps_equal_diffusers(steps: int) -> None:
 def test_what_on_step_raises_ends_the_sampling(engine: Engine) -> None:
     seen: list[int] = []
 
-    def stop(step: Step) -> None:
-        seen.append(step.number)
-        if step.number == 3:
+    def stop(slots: list[Slot]) -> None:
+        seen.append(slots[0].done)
+        if slots[0].done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -228,7 +213,7 @@ def test_a_recipe_refuses_what_can_not_be_sampled(changes: dict, words: str) -> 
 
 
 def test_the_largest_seed_draws_noise(engine: Engine) -> None:
-    assert torch.isfinite(engine.noise([MAX_SEED, 0], (64, 64))).all()
+    assert torch.isfinite(engine.noise(MAX_SEED, (64, 64))).all()
 
 
 def test_an_adapter_of_another_base_is_refused(adapter_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from serving.config import Limits, ServingConfig
-from serving.engine import MAX_SEED
+from serving.recipe import MAX_SEED
 from serving.pictures import read_recipe
 from tests.asking import (
     EDITS,

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from cluster.local import free_ports
-from serving.engine import Engine, Recipe
+from serving.engine import Engine
 from serving.pictures import read_recipe
+from serving.recipe import Recipe
 from trainer.adapter import Adapter, AdapterConfig
 from trainer.backbone import load_backbone
 

@@ -18,7 +18,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from factory import settings
-from serving.engine import Engine, Recipe
+from serving.engine import Engine
+from serving.recipe import Recipe
 from tests.lines import write_lines
 from trainer import loop, tracker
 from trainer.__main__ import main

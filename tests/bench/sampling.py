@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from serving.engine import Engine, Recipe
+from serving.engine import Engine
+from serving.recipe import Recipe
 from tests.bench.harness import Comparison, compare
 from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
 from trainer.backbone import load_backbone, make_twin
