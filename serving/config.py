@@ -100,7 +100,13 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        for name in ("min_replicas", "max_ongoing_requests", "max_queued_requests", "max_batch_size", "request_timeout_s"):
+        for name in (
+            "min_replicas",
+            "max_ongoing_requests",
+            "max_queued_requests",
+            "max_batch_size",
+            "request_timeout_s",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.num_threads is not None and self.num_threads < 1:

@@ -17,8 +17,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.config import Limits
-from serving.recipe import MAX_SEED, Recipe
 from serving.pictures import BadPicture, read_picture
+from serving.recipe import MAX_SEED, Recipe
 
 # fields of OpenAI's image routes that have no meaning here
 UNSUPPORTED = ("background", "input_fidelity", "mask", "moderation", "quality", "style")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import io
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +11,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from serving.batcher import Batcher, best_cap, step_seconds
-from serving.engine import ONLY, Engine, Slot, ddim_step
-from serving.pictures import read_recipe
+from serving.engine import Engine, Slot, ddim_step
 from serving.recipe import MAX_SEED, Recipe
-from serving.worker import Job, Picture, Started, Worker
 from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, AdapterError
 from trainer.backbone import ddim, load_backbone, make_twin
 
@@ -226,85 +219,3 @@ def test_a_bare_adapter_file_needs_a_base(adapter_folder: Path, twin: Path) -> N
     with pytest.raises(ValueError, match="names no base"):
         Engine.load(str(adapter_folder / WEIGHTS))
     assert Engine.load(str(adapter_folder / WEIGHTS), base=str(twin)).backbone.random_weights
-
-
-# the worker: engine in a thread, events on the loop
-
-
-def test_a_job_gives_previews_then_pictures_with_their_recipe(engine: Engine, reference: Image.Image) -> None:
-    async def collect() -> list:
-        job = Job(
-            recipe=recipe(reference=reference, n=2), partial_images=2, output_format="webp", output_compression=80
-        )
-        return [event async for event in Worker(engine, "m").generate(job)]
-
-    started, *pictures = asyncio.run(collect())
-    assert isinstance(started, Started)
-    assert any("random weights" in warning for warning in started.warnings)
-    assert [(p.partial, p.seed) for p in pictures] == [(0, 11), (0, 12), (1, 11), (1, 12), (None, 11), (None, 12)]
-    facts = [read_recipe(Image.open(io.BytesIO(p.data))) for p in pictures]
-    assert facts[-1]["seed"] == 12
-    assert facts[-1]["prompt"] == PROMPT
-    assert facts[-1]["base_weights_hash"] == engine.backbone.weights_hash
-    assert len(facts[-1]["reference_sha256"]) == 64
-
-
-def test_a_long_prompt_is_told_about(engine: Engine) -> None:
-    worker = Worker(engine, "m")
-    assert not any("longer" in warning for warning in worker.warnings(recipe(prompt="a" * 75)))  # + start and end: 77
-    assert any("prompt is 3 tokens longer than the 77" in w for w in worker.warnings(recipe(prompt="a" * 78)))
-
-
-def test_a_job_that_is_given_up_frees_its_turn_after_the_step_in_flight(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sampled: list[int] = []
-    second_step = threading.Event()
-    infer = engine.infer
-
-    def watched(wanted: Recipe, on_step: Callable[[Step], None]) -> list[Image.Image]:
-        def counted(step: Step) -> None:
-            sampled.append(step.number)
-            if step.number == 2:
-                second_step.set()
-                assert given_up.wait(10)
-            on_step(step)
-
-        return infer(wanted, counted)
-
-    given_up = threading.Event()
-    monkeypatch.setattr(engine, "infer", watched)
-
-    async def main() -> list:
-        worker = Worker(engine, "m")
-
-        async def first() -> None:
-            async with contextlib.aclosing(worker.generate(Job(recipe=recipe()))) as events:
-                async for _ in events:
-                    pass
-
-        task = asyncio.create_task(first())
-        await asyncio.to_thread(second_step.wait, 10)
-        waiting = asyncio.create_task(anext(worker.generate(Job(recipe=recipe(num_inference_steps=1)))))
-        task.cancel()
-        await asyncio.sleep(0.05)
-        assert not waiting.done()  # the step in flight still holds the turn
-        given_up.set()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return [await asyncio.wait_for(waiting, 10)]
-
-    (started,) = asyncio.run(main())
-    assert isinstance(started, Started)
-    assert sampled == [1, 2]
-
-
-def test_an_error_in_one_job_leaves_the_next_one_alone(engine: Engine) -> None:
-    async def main() -> list:
-        worker = Worker(engine, "m")
-        with pytest.raises(ValueError, match="multiples of 8"):
-            [event async for event in worker.generate(Job(recipe=recipe(size=(65, 64))))]
-        return [event async for event in worker.generate(Job(recipe=recipe(num_inference_steps=1)))]
-
-    events = asyncio.run(main())
-    assert [isinstance(event, Picture) for event in events] == [False, True]

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from serving.config import Limits, ServingConfig
-from serving.recipe import MAX_SEED
 from serving.pictures import read_recipe
+from serving.recipe import MAX_SEED
 from tests.asking import (
     EDITS,
     GENERATIONS,

@@ -1,0 +1,385 @@
+"""Pictures that are denoised together: none depends on its neighbours, none waits for ever, none takes others along."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from serving.batcher import Batcher, best_cap, step_seconds
+from serving.cache import Cache
+from serving.engine import ONLY, Engine, Slot
+from serving.pictures import read_recipe
+from serving.recipe import Recipe
+from serving.worker import Job, Picture, SamplerStopped, Started, Worker
+from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
+from trainer.backbone import ddim, load_backbone
+
+PROMPTS = ("a girl under a tree", "two boys in the rain", "a cat", "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def adapters(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters with random weights, wide enough that a reference changes the picture."""
+    folders, backbone = {}, load_backbone(str(twin))
+    for seed, name in enumerate(("one", "two")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapter = Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64))
+            for module in adapter.ip_adapter.values():
+                torch.nn.init.normal_(module.to_k_ip.weight, std=0.5)
+                torch.nn.init.normal_(module.to_v_ip.weight, std=0.5)
+        folders[name] = tmp_path_factory.mktemp(name) / "adapter"
+        adapter.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture
+def engine(twin: Path, adapters: dict[str, Path]) -> Engine:
+    engine = Engine.load(str(adapters["one"]), base=str(twin))
+    engine.add("two", engine.read_adapter(str(adapters["two"])))
+    return engine
+
+
+def sketch(seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8)
+    return Image.fromarray(noise).resize((80, 80), Image.Resampling.NEAREST).convert("RGB")
+
+
+def random_recipe(rng: random.Random) -> Recipe:
+    return Recipe(
+        prompt=rng.choice(PROMPTS),
+        negative_prompt=rng.choice(("", "blurry")),
+        reference=sketch(rng.randrange(3)) if rng.random() < 0.8 else None,
+        num_inference_steps=rng.randrange(3, 12),
+        guidance_scale=rng.choice((0.5, 3.0, 7.5)),
+        adapter_scale=rng.choice((0.0, 0.5, 1.0)),
+        seed=rng.randrange(1000),
+        size=rng.choice((None, (64, 64), (96, 64))),
+    )
+
+
+def decoded(engine: Engine, latents: torch.Tensor) -> np.ndarray:
+    """The picture before it is rounded, 0 to 255."""
+    with torch.inference_mode():
+        vae = engine.backbone.vae
+        pixels = vae.decode(latents / vae.config.scaling_factor).sample
+    return (pixels.clamp(-1, 1) * 127.5 + 127.5).numpy()[0]
+
+
+def test_twenty_random_recipes_with_strangers_or_alone_are_the_pictures_of_stock_diffusers(
+    engine: Engine, twin: Path, adapters: dict[str, Path]
+) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(twin, local_files_only=True)
+    stock.scheduler = ddim()
+    stock.set_progress_bar_config(disable=True)
+    plain = StableDiffusionPipeline(**{**stock.components, "unet": load_backbone(str(twin)).unet})
+    plain.set_progress_bar_config(disable=True)
+    stock.load_ip_adapter(str(adapters["one"].parent), subfolder="adapter", weight_name=WEIGHTS, image_encoder_folder=None)  # fmt: skip
+    rng = random.Random(0)
+    recipes = [random_recipe(rng) for _ in range(20)]
+    batcher, slots, done = Batcher(engine, cap=6), [engine.slot(recipe) for recipe in recipes], 0
+    sizes: list[int] = []
+    for slot in slots:  # they come while others are on their way
+        batcher.add([slot])
+        sizes.append(len(batcher.step()[0]))
+    while done < 1000 and (batcher.active or batcher.waiting):
+        sizes.append(len(batcher.step()[0]))
+        done += 1
+    assert max(sizes) > 2
+    worst = 0.0
+    for recipe, slot in zip(recipes, slots, strict=True):
+        assert not slot.timesteps
+        alone = engine.slot(recipe)
+        while alone.timesteps:
+            engine.step([alone])
+        pipe = plain if recipe.reference is None else stock
+        stock.set_ip_adapter_scale(recipe.adapter_scale)
+        width, height = recipe.size or (64, 64)
+        theirs = pipe(
+            recipe.prompt,
+            negative_prompt=recipe.negative_prompt,
+            ip_adapter_image=recipe.reference,
+            num_inference_steps=recipe.num_inference_steps,
+            guidance_scale=recipe.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(recipe.seed),
+            width=width,
+            height=height,
+            output_type="latent",
+        ).images
+        if recipe.guidance_scale <= 1:  # stock diffusers leaves the negative half out there, ours only at 1
+            assert abs(decoded(engine, slot.latents) - decoded(engine, alone.latents)).max() <= 0.1
+            continue
+        for ours in (slot.latents, alone.latents):
+            worst = max(worst, abs(decoded(engine, ours) - decoded(engine, theirs)).max())
+    assert worst <= 0.1
+    base = engine.slot(Recipe(prompt="a cat", num_inference_steps=3))
+    zero = engine.slot(Recipe(prompt="a cat", num_inference_steps=3, reference=sketch(0), adapter_scale=0.0))
+    for _ in range(3):
+        engine.step([base])
+        engine.step([zero])
+    assert torch.equal(base.latents, zero.latents)
+
+
+def test_one_batch_holds_pictures_of_several_adapters(engine: Engine, twin: Path, adapters: dict[str, Path]) -> None:
+    recipe = Recipe(prompt="a cat", reference=sketch(1), num_inference_steps=4, adapter_scale=1.0)
+    slots = [engine.slot(recipe), engine.slot(recipe, adapter="two")]
+    engine.step(slots)
+    engine.remove("two")  # what is being drawn is drawn to its end
+    while slots[0].timesteps:
+        engine.step(slots)
+    for slot, name in zip(slots, adapters, strict=True):
+        alone = Engine.load(str(adapters[name]), base=str(twin)).infer(recipe)[0]
+        assert abs(np.asarray(engine.picture(slot)).astype(int) - np.asarray(alone)).max() <= 1
+    assert abs(slots[0].latents - slots[1].latents).max() > 0.01
+    with pytest.raises(KeyError):
+        engine.slot(recipe, adapter="two")
+
+
+def test_texts_and_references_are_encoded_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[object] = []
+    text, image = engine.backbone.encode_text, engine.backbone.encode_image
+    monkeypatch.setattr(engine.backbone, "encode_text", lambda texts: encoded.extend(texts) or text(texts))
+    monkeypatch.setattr(engine.backbone, "encode_image", lambda pictures: encoded.append("picture") or image(pictures))
+    for _ in range(2):
+        engine.infer(Recipe(prompt="a cat", reference=sketch(1), num_inference_steps=2, n=2))
+    engine.slot(Recipe(prompt="a dog", reference=sketch(2)))
+    assert encoded == ["picture", "", "a cat", "picture", "a dog"]
+    engine.slot(Recipe(prompt="a dog", reference=sketch(2)), adapter="two")
+    assert encoded[5:] == ["picture"]  # the reference means something else to another adapter; the text doesn't
+
+
+def test_what_is_kept_is_bounded_and_the_oldest_goes_first() -> None:
+    cache: Cache[bytes] = Cache(10, len)
+    made: list[str] = []
+
+    def get(key: str, size: int) -> None:
+        assert len(cache.get(key, lambda: made.append(key) or bytes(size))) == size
+
+    for key, size in (("a", 4), ("b", 4), ("a", 4), ("c", 4), ("a", 4), ("b", 4), ("huge", 11), ("huge", 11)):
+        get(key, size)
+    assert made == ["a", "b", "c", "b", "huge", "huge"]
+    assert (len(cache), cache.held) == (2, 8)
+    cache.drop(lambda key: key == "a")
+    assert (len(cache), cache.held) == (1, 4)
+
+
+def slots_of(engine: Engine, count: int, **fields: object) -> list[Slot]:
+    return [engine.slot(Recipe(prompt="a cat", seed=i, **fields)) for i in range(count)]  # type: ignore[arg-type]
+
+
+def test_shapes_take_turns_and_nobody_overtakes(engine: Engine) -> None:
+    batcher = Batcher(engine, cap=3)
+    small, wide = slots_of(engine, 2, num_inference_steps=4), slots_of(engine, 1, num_inference_steps=4, size=(96, 64))
+    late = slots_of(engine, 1, num_inference_steps=1)
+    batcher.add(
+        [*small, *wide, *late]
+    )  # 1 + 1 + 1.5 pictures: the wide one does not fit yet, and the late one is behind
+    order = []
+    while batcher.active or batcher.waiting:
+        slots, failed = batcher.step()
+        assert not failed
+        order.append("".join("w" if s in wide else "l" if s in late else "s" for s in slots))
+    assert order == ["ss", "ss", "ss", "ss", "w", "l", "w", "w", "w"]
+    batcher = Batcher(engine, cap=8)
+    batcher.add(
+        [*slots_of(engine, 5, num_inference_steps=9), *slots_of(engine, 1, num_inference_steps=2, size=(96, 64))]
+    )
+    assert [len(batcher.step()[0]) for _ in range(6)] == [5, 1, 5, 1, 5, 5]
+
+
+def test_one_larger_than_the_cap_goes_alone(engine: Engine) -> None:
+    batcher = Batcher(engine, cap=1)
+    batcher.add(
+        [*slots_of(engine, 1, num_inference_steps=2, size=(128, 128)), *slots_of(engine, 1, num_inference_steps=1)]
+    )
+    assert [len(batcher.step()[0]) for _ in range(4)] == [1, 1, 1, 0]
+
+
+def test_one_poisoned_slot_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = slots_of(engine, 3, num_inference_steps=3)
+    expected = [slot.latents for slot in clean]
+    slots = slots_of(engine, 3, num_inference_steps=3)
+    step = engine.step
+
+    def poisoned(batch: list[Slot]) -> None:
+        if slots[1] in batch and slots[1].done == 1:
+            raise RuntimeError("poison")
+        step(batch)
+
+    monkeypatch.setattr(engine, "step", poisoned)
+    batcher = Batcher(engine, cap=4)
+    batcher.add(slots)
+    failures = []
+    while batcher.active or batcher.waiting:
+        failures += batcher.step()[1]
+    assert [(slot, str(error)) for slot, error in failures] == [(slots[1], "poison")]
+    assert [slot.done for slot in slots] == [3, 1, 3]
+    for slot, other in zip(slots, clean, strict=True):
+        while other.timesteps:
+            step([other])
+        if slot is not slots[1]:
+            assert abs(slot.latents - other.latents).max() < 1e-3
+    assert all(torch.isfinite(latents).all() for latents in expected)
+
+
+def test_not_a_number_in_one_slot_is_not_its_neighbours(engine: Engine) -> None:
+    good, bad = slots_of(engine, 2, num_inference_steps=2)
+    (alone,) = slots_of(engine, 1, num_inference_steps=2)
+    bad.latents = bad.latents * float("nan")
+    for _ in range(2):
+        engine.step([good, bad])
+        engine.step([alone])
+    assert abs(good.latents - alone.latents).max() < 1e-4
+    with pytest.raises(ArithmeticError, match="NaN"):
+        engine.picture(bad)
+
+
+def test_the_cap_is_where_more_pictures_bring_nothing() -> None:
+    assert best_cap({1: 1.0}) == 1
+    assert best_cap({1: 1.0, 2: 1.1, 4: 1.5, 8: 2.9}) == 4
+    assert best_cap({1: 1.0, 2: 1.95}) == 1
+
+
+def test_step_times_are_measured_up_to_where_they_bring_something(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = engine.step
+    seen: list[int] = []
+
+    def counted(slots: list[Slot]) -> None:
+        if len(slots) == 4:
+            raise torch.OutOfMemoryError
+        seen.append(len(slots))
+        step(slots)
+
+    monkeypatch.setattr(engine, "step", counted)
+    monkeypatch.setattr("serving.batcher.GAIN", 0.0)
+    seconds = step_seconds(engine, ONLY, 16)
+    assert list(seconds) == [1, 2] and all(value > 0 for value in seconds.values())
+    assert seen == [1] * 4 + [2] * 4
+
+
+# the worker: the batcher in a thread, events on the loop
+
+
+async def collected(worker: Worker, job: Job) -> list:
+    return [event async for event in worker.generate(job)]
+
+
+def recipe(**fields: object) -> Recipe:
+    return Recipe(**{"prompt": "a girl under a tree", "num_inference_steps": 8, "seed": 11, **fields})  # type: ignore[arg-type]
+
+
+def test_a_job_gives_previews_then_pictures_with_their_recipe(engine: Engine) -> None:
+    job = Job(recipe=recipe(reference=sketch(1), n=2), partial_images=2, output_format="webp", output_compression=80)
+    started, *pictures = asyncio.run(collected(Worker(engine, "m"), job))
+    assert isinstance(started, Started)
+    assert any("random weights" in warning for warning in started.warnings)
+    assert [(p.partial, p.seed) for p in pictures] == [(0, 11), (0, 12), (1, 11), (1, 12), (None, 11), (None, 12)]
+    facts = [read_recipe(Image.open(io.BytesIO(p.data))) for p in pictures]
+    assert facts[-1]["seed"] == 12
+    assert facts[-1]["prompt"] == "a girl under a tree"
+    assert facts[-1]["base_weights_hash"] == engine.backbone.weights_hash
+    assert len(facts[-1]["reference_sha256"]) == 64
+
+
+def test_a_long_prompt_is_told_about(engine: Engine) -> None:
+    worker = Worker(engine, "m")
+    assert not any("longer" in warning for warning in worker.warnings(recipe(prompt="a" * 75)))  # + start and end: 77
+    assert any("prompt is 3 tokens longer than the 77" in w for w in worker.warnings(recipe(prompt="a" * 78)))
+
+
+def test_jobs_are_drawn_side_by_side_and_one_that_is_given_up_leaves_after_the_step_in_flight(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[int]] = []  # seeds of each step
+    second, go_on = threading.Event(), threading.Event()
+    step = engine.step
+
+    def watched(slots: list[Slot]) -> None:
+        taken.append([slot.recipe.seed for slot in slots])
+        step(slots)
+        if len(taken) == 2:
+            second.set()
+            assert go_on.wait(10)
+
+    monkeypatch.setattr(engine, "step", watched)
+
+    async def main() -> list:
+        worker = Worker(engine, "m")
+        given_up = asyncio.create_task(collected(worker, Job(recipe=recipe(seed=1))))
+        await asyncio.to_thread(second.wait, 10)
+        others = [
+            asyncio.create_task(collected(worker, Job(recipe=recipe(seed=seed, num_inference_steps=3))))
+            for seed in (2, 3)
+        ]
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        go_on.set()
+        return await asyncio.gather(*others)
+
+    second_job, third_job = asyncio.run(main())
+    assert [len(second_job), len(third_job)] == [2, 2]
+    assert taken == [[1], [1], [2, 3], [2, 3], [2, 3]]
+
+
+def test_an_error_in_one_job_leaves_the_others_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = engine.picture
+    monkeypatch.setattr(engine, "picture", lambda slot: make(slot) if slot.recipe.seed != 9 else make(None))
+
+    async def main() -> list:
+        worker = Worker(engine, "m")
+        jobs = [recipe(size=(65, 64)), recipe(seed=9, n=2), recipe(seed=1)]
+        tasks = [asyncio.create_task(collected(worker, Job(recipe=job))) for job in jobs]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    wrong_size, no_picture, good = asyncio.run(main())
+    assert isinstance(wrong_size, ValueError) and "multiples of 8" in str(wrong_size)
+    assert isinstance(no_picture, AttributeError)
+    assert [type(event) for event in good] == [Started, Picture]
+
+
+def test_a_sampler_that_stops_says_so_to_all(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        monkeypatch.setattr(worker.batcher, "step", lambda: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(SamplerStopped, match="division by zero"):
+                await asyncio.wait_for(collected(worker, Job(recipe=recipe())), 10)
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_stops_after_the_first_event_costs_nothing(engine: Engine) -> None:
+    async def main() -> int:
+        worker = Worker(engine, "m")
+        async with contextlib.aclosing(worker.generate(Job(recipe=recipe(num_inference_steps=999)))) as events:
+            await anext(events)
+        await collected(worker, Job(recipe=recipe(num_inference_steps=1)))
+        return len(worker.batcher.active) + len(worker.batcher.waiting)
+
+    assert asyncio.run(main()) == 0
