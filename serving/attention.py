@@ -46,7 +46,7 @@ class CachedCrossAttention:
         text, image = layers[self.key]
         query_BASD = _heads(attn.to_q(hidden_states), attn.heads)
         out_BSH = _joined(F.scaled_dot_product_attention(query_BASD, *text))
-        if image is not None:
+        if image is not None and scale_B11 is not None:
             out_BSH = out_BSH + scale_B11 * _joined(F.scaled_dot_product_attention(query_BASD, *image))
         return attn.to_out[1](attn.to_out[0](out_BSH))
 

@@ -91,8 +91,8 @@ def step_seconds(engine: Engine, adapter: str, most: int) -> dict[int, float]:
     It ends at the first number that does not bring `GAIN` times the pictures of half as many, or does not fit the
     memory. What is measured is warm afterwards.
     """
-    side = engine.backbone.image_encoder.config.image_size
-    recipe = Recipe(prompt="warm", reference=Image.new("RGB", (side, side), "white"), num_inference_steps=4)
+    white = Image.new("RGB", (64, 64), "white")
+    recipe = Recipe(prompt="warm", reference=white, num_inference_steps=4)
     found: dict[int, float] = {}
     count = 1
     while count <= most:

@@ -57,7 +57,7 @@ class Slot:
     @property
     def shape(self) -> tuple[int, int, int]:
         """What slots must share to be denoised together: h, w, I."""
-        return (*self.latents.shape[2:], self.image_tokens)
+        return self.latents.shape[2], self.latents.shape[3], self.image_tokens
 
 
 class Engine:
@@ -66,7 +66,7 @@ class Engine:
     def __init__(
         self, backbone: Backbone, adapters: Adapter | Mapping[str, Adapter], *, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        """Make `backbone.unet` take the keys and values of slots. The adapters only make them: they are not attached."""
+        """Make `backbone.unet` take the keys and values of slots. Adapters make them: none is attached."""
         self.backbone = backbone
         self.adapters: dict[str, Adapter] = {}
         for name, adapter in ({ONLY: adapters} if isinstance(adapters, Adapter) else adapters).items():

@@ -77,7 +77,7 @@ class _Running:
     """A job that is being drawn, and where its events go: from any thread; None is the last one."""
 
     job: Job
-    send: Callable[[Event | Exception | None], None]
+    send: Callable[[Event | Exception | None], object]
     slots: list[Slot] = field(default_factory=list)
 
 
@@ -116,6 +116,8 @@ class Worker:
         events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         running = _Running(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
         self._inbox.put(lambda: self._join(running))
+        if self._stopped is not None:  # asked after the put: what was in the inbox when it stopped is told there
+            raise self._stopped
         try:
             while (event := await events.get()) is not None:
                 if isinstance(event, Exception):
@@ -143,11 +145,13 @@ class Worker:
             self._stopped = SamplerStopped(f"The sampler stopped: {error!r}")
             for running in set(self._running.values()):
                 self._send(running, self._stopped)
+            while not self._inbox.empty():
+                self._inbox.get()()
             raise
 
     def _join(self, running: _Running) -> None:
         if self._stopped is not None:
-            running.send(self._stopped)
+            self._send(running, self._stopped)
             return
         recipe = running.job.recipe
         try:
