@@ -230,7 +230,7 @@ class Engine:
             adapter = self.adapters[name]
             return image_layers(self.backbone.unet, adapter, adapter.image_tokens(hidden))
 
-        return self._kept.get((name, None if picture is None else content(picture)), make)
+        return self._kept.get((name, picture and (picture.size, pixels_sha256(picture))), make)
 
     def _states(self, slots: Sequence[Slot]) -> States:
         """Return what the rows of a batch attend to; made anew when a slot has joined or left."""
@@ -240,9 +240,9 @@ class Engine:
         return self._batch[1]
 
 
-def content(picture: Image.Image) -> str:
-    """Return what tells one picture from another: sha256 of its size and pixels."""
-    return hashlib.sha256(repr((picture.size, picture.mode)).encode() + picture.tobytes()).hexdigest()
+def pixels_sha256(picture: Image.Image) -> str:
+    """Return the sha256 of a picture's bytes as RGB: with its size, what tells one from another."""
+    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
 
 
 def ddim_step(x: Tensor, eps: Tensor, abar: Tensor, abar_previous: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from serving.batcher import Batcher
-from serving.engine import ONLY, Engine, Slot, content
+from serving.engine import ONLY, Engine, Slot, pixels_sha256
 from serving.pictures import write_picture
 from serving.recipe import Recipe
 
@@ -223,7 +223,7 @@ class Worker:
             "adapter_scale": recipe.adapter_scale,
             "seed": recipe.seed + i,
             "size": f"{width}x{height}",
-            "reference_sha256": None if reference is None else content(reference),
+            "reference_sha256": None if reference is None else pixels_sha256(reference),
             "model": self.model,
             "base": backbone.id,
             "base_weights_hash": backbone.weights_hash,
