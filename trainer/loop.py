@@ -196,6 +196,7 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
         {
             "base_weights_hash": base_hash,
             "adapter": config.adapter and _adapter_hash(config.adapter),
+            "variant": config.variant,
             "resampler_dim": config.resampler_dim,
             "dataset_version": samples.version,
             "dataset_fingerprint": samples.fingerprint,

@@ -20,12 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from factory.files import new_folder
-from trainer.adapter import Adapter, AdapterConfig
+from trainer.adapter import Adapter
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import load_backbone
 from trainer.config import TrainerConfig
 from trainer.data import Draw, Sample, Samples, batch_indices, draw, flipped, generator_of, share
 from trainer.loss import add_noise, noise_loss
+from trainer.projection import VARIANTS
 from trainer.run import Run
 
 TAG = "zero"  # folder of DeepSpeed's files within state/
@@ -58,10 +59,11 @@ class Worker:
         if config.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
             self.base.unet.train()  # checkpointing acts in train mode only; SD v1.5 has no dropout
+        adapter = self._new_adapter()
+        self.base.features = adapter.config.features
         self.facts["base"]["random_weights"] = self.base.random_weights
         self.facts["preprocessing"] |= self.base.preprocessing
         self.null_1NE = self.base.encode_image_null(1)
-        adapter = self._new_adapter()
         adapter.attach(self.base.unet)
         self._ahead = ThreadPoolExecutor(1)  # decodes the next batch while this one trains
         self._next: tuple[int, Future[list[Sample]]] | None = None
@@ -154,11 +156,8 @@ class Worker:
         """Return the adapter to train, on the device in fp32, the same on every rank."""
         if self.config.adapter:
             return Adapter.from_pretrained(self.config.adapter).to(self.device)
-        width = self.base.unet.config.cross_attention_dim
-        config = AdapterConfig(
-            cross_attention_dim=width,
-            embedding_dim=self.base.image_encoder.config.hidden_size,
-            dim=self.config.resampler_dim or -(-width // 64) * 64,
+        config = VARIANTS[self.config.variant].fitting(
+            self.base.unet.config.cross_attention_dim, self.base.image_encoder.config, self.config.resampler_dim
         )
         torch.manual_seed(self.config.seed)
         return Adapter.for_unet(self.base.unet, config).to(self.device)
@@ -278,7 +277,11 @@ def _engine(adapter: Adapter, config: TrainerConfig) -> Any:
         "train_micro_batch_size_per_gpu": config.train_batch_size // parts,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0; the recipe has none
-        "zero_optimization": {"stage": config.workers.zero_stage},
+        # DeepSpeed sets the bucket aside whole: by default 2 GB
+        "zero_optimization": {
+            "stage": config.workers.zero_stage,
+            "reduce_bucket_size": sum(parameter.numel() for parameter in adapter.parameters()),
+        },
         # no "safe modules": gradients are exchanged in fp32
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 30,
