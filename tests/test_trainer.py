@@ -76,7 +76,13 @@ def test_a_run_logs_every_step_and_writes_sealed_folders(whole: Path, dataset: s
 
     facts = read_config(whole)
     assert facts["step"] == 6
-    assert facts["base"] == {"id": twin.name, "weights_hash": find_base(str(twin)).hash(), "random_weights": True}
+    hashed = find_base(str(twin)).hash()
+    assert facts["base"] == {
+        "id": twin.name,
+        "weights_hash": hashed,
+        "image_encoder": None,
+        "random_weights": True,
+    }
     assert facts["dataset"] == {"uri": "lines", "version": 1, "tag": None, "samples": 10}
     assert facts["preprocessing"]["size"] == 56
     assert str(twin.parent) not in json.dumps(facts)

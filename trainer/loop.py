@@ -207,7 +207,11 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
         }
     )
     facts = {
-        "base": {"id": base.id, "weights_hash": base_hash},
+        "base": {
+            "id": base.id,
+            "weights_hash": base_hash,
+            "image_encoder": config.image_encoder and name_of(config.image_encoder),
+        },
         "dataset": {"uri": name_of(config.data.root), "version": samples.version, "tag": tag, "samples": len(samples)},
         "training": {name: getattr(config, name) for name in _SETTINGS},
         "preprocessing": {
