@@ -137,7 +137,7 @@ def plan(args: argparse.Namespace) -> int:
     for name in set(args.gpu or ()) - set(plan.GPUS):
         raise ValueError(f"No GPU {name!r}. There are: {', '.join(plan.GPUS)}")
     gpus = [plan.GPUS[name] for name in args.gpu or plan.DEFAULT_GPUS]
-    print(plan.report(plan.make_plan(config, args.utilisation or plan.UTILISATION), gpus))
+    print(plan.report(plan.make_plan(config, args.utilisation), gpus))
     return DONE
 
 
@@ -237,8 +237,8 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="a run's adapter as a folder for the Hugging Face hub, with a model card",
         description="Copy a checkpoint's adapter, its seal checked, beside a model card with the run's facts, losses "
-        "and sample pictures, and SHA256SUMS. Read the card before you upload it: what it can't know, such as who may use "
-        "the data, it says is unknown.",
+        "and sample pictures, and SHA256SUMS. Read the card before you upload it: what it can't know, such as who may "
+        "use the data, it says is unknown.",
     )
     verb.add_argument("--run", metavar="DIR", required=True, dest="run_folder", help="run folder of `fit`")
     verb.add_argument("--output", metavar="DIR", required=True, help="folder to make; its name is the card's title")

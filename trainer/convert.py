@@ -77,9 +77,11 @@ def _flat(loaded: Any, file: Path, max_bytes: int) -> dict[str, Tensor]:
     """Return the tensors by flat key ("image_proj.latents"); AdapterError naming what is no tensor of an adapter."""
     if not isinstance(loaded, Mapping):
         raise AdapterError(f"{file} holds a {type(loaded).__name__}, not a dictionary of tensors.")
-    if set(loaded) == set(PARTS):
-        if odd := [part for part in PARTS if not isinstance(loaded[part], Mapping)]:
-            raise AdapterError(f"{file}: {odd[0]} is a {type(loaded[odd[0]]).__name__}, not a dictionary of tensors.")
+    if loaded and set(loaded) <= set(PARTS):
+        for part in PARTS:
+            if not isinstance(loaded.get(part), Mapping):
+                what = type(loaded[part]).__name__ if part in loaded else "missing"
+                raise AdapterError(f"{file}: {part} is {what}, not a dictionary of tensors.")
         loaded = {f"{part}.{key}": value for part in PARTS for key, value in loaded[part].items()}
     strange = [str(key) for key in loaded if str(key).split(".")[0] not in PARTS]
     if strange or not loaded:

@@ -107,8 +107,9 @@ class Plan:
         return self.parts * sum(walked.flops.values()) / (peak * 1e12 * self.utilisation)
 
 
-def make_plan(config: TrainerConfig, utilisation: float = UTILISATION) -> Plan:
+def make_plan(config: TrainerConfig, utilisation: float | None = None) -> Plan:
     """Return the plan of a run. ValueError when its base's sizes are not known, or `utilisation` is no share."""
+    utilisation = UTILISATION if utilisation is None else utilisation
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation is a share of the peak, above 0 and at most 1, got {utilisation}.")
     sizes = base_sizes(config)

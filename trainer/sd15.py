@@ -89,8 +89,8 @@ class BaseSizes:
         )
 
     def models(self) -> dict[str, nn.Module]:
-        """Return new models by part: "unet", "vae", "text_encoder", "image_encoder"; where torch's default device is, in its
-        default dtype: under `torch.device("meta")` they take no memory."""
+        """Return new models by part: "unet", "vae", "text_encoder", "image_encoder"; on torch's default device, in its
+        default dtype. Under `torch.device("meta")` they take no memory."""
         return {
             "unet": UNet2DConditionModel.from_config(dict(self.unet)),
             "vae": AutoencoderKL.from_config(dict(self.vae)),

@@ -1,0 +1,131 @@
+"""`trainer plan`: counted sizes, counted work, a predicted peak that a real step confirms, and its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from tests import peak
+from trainer import plan
+from trainer.__main__ import main
+from trainer.config import micro, paper
+from trainer.sd15 import BaseSizes, count, on_meta
+from trainer.walk import Walker
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def full() -> Walker:
+    return Walker(BaseSizes(), paper())
+
+
+def test_full_size_models_have_the_published_parameter_counts():
+    counts = {name: count(model) for name, model in on_meta(BaseSizes()).items()}
+    assert counts == {
+        "unet": 859_520_964,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "image_encoder": 632_076_800,
+    }
+
+
+def test_full_size_work_is_the_published_figures(full: Walker):
+    plain, saving = full.walk(1, False), full.walk(1, True)
+    assert plain.parameters["adapter"] == 49_087_488
+    assert plain.flops["VAE"] / 1e9 == pytest.approx(1117, rel=0.01)  # facts: counted elsewhere
+    forward = saving.flops["UNet and adapter"] - plain.flops["UNet and adapter"]  # what is recomputed
+    assert forward / 1e9 == pytest.approx(803, rel=0.03)
+    assert full.walk(2, True).flops["VAE"] == 2 * plain.flops["VAE"]
+    assert saving.peak_bytes < plain.peak_bytes / 2
+    assert saving.frozen_bytes / 1_698_312_107 == pytest.approx(2, rel=0.001)  # bf16
+
+
+def test_the_predicted_peak_is_that_of_a_real_step():
+    """A quarter of SD v1.5's widths; `make soak` does so at its full size."""
+    case = (4, 2, 256, False)
+    held, said = peak.measured(*case), peak.predicted(*case)
+    measured = held["peak"] - held["idle"]
+    assert measured == pytest.approx(said["loaded"] + said["step"], rel=0.2)
+    assert held["peak"] - held["loaded"] == pytest.approx(said["step"], rel=0.3)  # without the weights
+
+
+def test_states_are_shared_by_workers():
+    assert plan.state_bytes(100, 0, 8) == 1200
+    assert plan.state_bytes(100, 1, 1) == 2400
+    assert plan.state_bytes(100, 2, 8) == 800 + 16 * 13
+    assert plan.state_bytes(100, 2, 1000) == 800 + 16
+
+
+def test_the_paper_s_run_is_planned_in_seconds_without_weights(capsys: pytest.CaptureFixture[str]):
+    began = time.monotonic()
+    assert main(["plan"]) == 0
+    text = capsys.readouterr().out
+    assert time.monotonic() - began < 120
+    for words in ("859,520,964", "632,076,800", "49,087,488", "ZeRO-2, gradient checkpointing on", "100,000 steps"):
+        assert words in text
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert {"A10", "A100 80 GB", "H100 SXM"} <= rows.keys()
+    assert " yes " in rows["A10"]  # the paper's GPU
+
+
+def test_answers_follow_from_memory_and_work():
+    asked = plan.Walked(
+        batch=8,
+        gradient_checkpointing=False,
+        parameters={"adapter": 50_000_000},
+        frozen_bytes=4 * GIB,
+        peak_bytes=40 * GIB,
+        flops={"UNet and adapter": 30 * 10**12},
+    )
+    saving = dataclasses.replace(asked, gradient_checkpointing=True, peak_bytes=20 * GIB, flops={"UNet": 40 * 10**12})
+    config = dataclasses.replace(paper(), gradient_checkpointing=False)
+    made = plan.Plan(
+        config=config,
+        base="some",
+        asked=asked,
+        other=saving,
+        per_sample={False: 5 * GIB, True: 5 * GIB // 2},
+        utilisation=0.5,
+    )
+    gpu = plan.Gpu(name="some", mib=80 * 1024, bf16=100, fp32=10)
+    small = dataclasses.replace(gpu, mib=32 * 1024)
+    smaller = dataclasses.replace(gpu, mib=20 * 1024)
+    assert made.seconds(gpu, asked) == pytest.approx(0.6)
+    assert made.stage(gpu, asked) == 0
+    assert made.stage(small, asked) is None
+    assert made.largest(gpu, asked) == 8 + 5
+    assert [plan._advice(made, one) for one in (gpu, small, smaller, dataclasses.replace(gpu, mib=4096))] == [
+        "as it is",
+        "gradient_checkpointing=true",
+        "gradient_checkpointing=true and gradient_accumulation_steps=2",
+        "a GPU with more memory",
+    ]
+    swapped = dataclasses.replace(made, config=paper(), asked=saving, other=asked)
+    assert plan._advice(swapped, gpu) == "gradient_checkpointing=false fits too: 0.60 s a step"
+
+
+def test_a_folder_or_a_shipped_base_is_read_and_other_ids_are_refused(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--preset", "micro", "--gpu", "a100-40", "--utilisation", "0.1"]) == 0
+    assert "animesketch/micro, 64 px, fp32" in capsys.readouterr().out
+    for arguments, words in (
+        (["--base", "owner/other"], "The sizes of owner/other"),
+        (["--gpu", "abacus"], "No GPU 'abacus'. There are: a10, a100-40, a100-80, h100, h200"),
+        (["--utilisation", "1.5"], "--utilisation is a share"),
+        (["--set", "learning_rat=1"], "Did you mean learning_rate?"),
+    ):
+        assert main(["plan", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_gpus_named_in_help_are_those_there_are(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(plan.GPUS) in text
+    assert plan.base_sizes(micro()).id == "animesketch/micro"
+    assert f"default: {plan.UTILISATION}" in text
+    assert torch.get_default_dtype() == torch.float32
