@@ -1,5 +1,6 @@
-"""`python -m tests.peak DIVISOR BATCH RESOLUTION CHECKPOINTING STEPS`: training steps on real tensors, fp32, on the CPU,
-in a process of their own, which prints what it held; and what the plan predicts of them."""
+"""What training steps hold, fp32 on the CPU, in a process of their own; and what the plan predicts of them.
+
+The process: `python -m tests.peak DIVISOR BATCH RESOLUTION CHECKPOINTING STEPS`."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_predicted_memory_is_what_steps_hold() -> None:
                 assert abs(predicted / whole - 1) < 0.2
     write_table(
         "planned-memory",
-        "Memory that `trainer plan` predicts, against the peak of real steps minus the idle process (GiB; 256 px, fp32, CPU)",
+        "Memory that `trainer plan` predicts, against real steps (peak minus idle, GiB; 256 px, fp32, CPU)",
         [
             "base",
             "batch",
