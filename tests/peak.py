@@ -33,8 +33,8 @@ def sizes(divisor: int) -> BaseSizes:
 
     return BaseSizes(
         id=f"SD v1.5, widths / {divisor}",
-        unet=narrow(full.unet, "block_out_channels", "cross_attention_dim"),
-        vae=narrow(full.vae, "block_out_channels"),
+        unet=narrow(full.unet, "block_out_channels", "cross_attention_dim") | {"norm_num_groups": 32 // divisor},
+        vae=narrow(full.vae, "block_out_channels") | {"norm_num_groups": 32 // divisor},
         text=narrow(full.text, "hidden_size", "intermediate_size"),
         vision=narrow(full.vision, "hidden_size", "intermediate_size"),
     )

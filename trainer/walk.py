@@ -7,16 +7,15 @@ would take is counted when it is made, and no more when the last reference to it
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -118,6 +117,9 @@ class Walker:
             models["image encoder"] = self.base.image_encoder
             self.parameters = {name: count(model) for name, model in models.items()}
             self.adapter = new_adapter(self.base, adapter_sizes(self.base, config))
+        for module in self.base.unet.modules():  # the adapter's layers are among them
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                module.register_forward_pre_hook(_in_float)
         self.parameters["adapter"] = count(self.adapter)
         self.frozen_bytes = frozen
 
@@ -128,11 +130,12 @@ class Walker:
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         held, flops = _Held(weights), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
         done: dict[str, int] = {}
-        with self.fake, held, flops, _NormsInFloat():
+        with self.fake, held, flops:
             inputs = make_inputs(self.base, self.config.data.resolution, batch)
             autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
             for part in training_pass(self.base, self.adapter, self.scheduler, inputs, autocast):
                 done[part] = flops.get_total_flops() - sum(done.values())
+                gc.collect()  # some outputs are in cycles: when those go would be chance
         self.adapter.zero_grad()
         return Walked(
             batch=batch,
@@ -178,13 +181,9 @@ class _Held(TorchDispatchMode):
         self.now -= size
 
 
-class _NormsInFloat(TorchFunctionMode):
-    """Under autocast, has norms give fp32 as they do on GPUs: on CPUs, where the walk is, they stay in bf16."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.group_norm, F.layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
-        return func(*args, **(kwargs or {}))
+def _in_float(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Under autocast, have norms give fp32 as they do on GPUs: on CPUs, where the walk is, they stay in bf16."""
+    return tuple(value.float() for value in args) if torch.is_autocast_enabled("cpu") else args
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
