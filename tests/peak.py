@@ -44,7 +44,7 @@ def config(resolution: int) -> TrainerConfig:
     return TrainerConfig(data=DataConfig(resolution=resolution), mixed_precision="no")
 
 
-def measured(divisor: int, batch: int, resolution: int, checkpointing: bool, steps: int = 2) -> dict[str, int]:
+def measured(divisor: int, batch: int, resolution: int, checkpointing: bool, steps: int = 1) -> dict[str, int]:
     """Return {"idle", "loaded", "peak"}: bytes of a process with the libraries only, with the models too, and at most
     in `steps` steps."""
     arguments = [str(value) for value in (divisor, batch, resolution, int(checkpointing), steps)]

@@ -133,7 +133,8 @@ def test_the_card_s_own_code_draws_with_stock_diffusers(
     assert 'base = "twin"  # its folder' in code
     code = code.replace('base = "twin"', f'base = "{twin}"').replace("num_inference_steps=50", "num_inference_steps=2")
     exec(code, {})
-    assert Image.open("picture.png").size == (64, 64)
+    with Image.open("picture.png") as picture:
+        assert picture.size == (64, 64)
 
 
 def flipped(path: Path) -> None:

@@ -6,7 +6,6 @@ at an assumed share of a GPU's peak: they leave out data, communication and vali
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -97,8 +96,9 @@ class Plan:
 
     def largest(self, gpu: Gpu, walked: Walked) -> int:
         """Return the most samples of one pass that fit, with the stage that is set; 0 for none."""
-        room = gpu.mib * 2**20 - self.needs(dataclasses.replace(walked, peak_bytes=0), self.config.workers.zero_stage)
-        return max(0, int(room * walked.batch / ((1 + SLACK) * walked.peak_bytes)))  # a peak grows with its samples
+        step = (1 + SLACK) * walked.peak_bytes
+        room = gpu.mib * 2**20 - self.needs(walked, self.config.workers.zero_stage) + step
+        return max(0, int(room * walked.batch / step))  # a peak grows with its samples
 
     def seconds(self, gpu: Gpu, walked: Walked) -> float:
         """Return the time of an optimizer step: counted work at the assumed share of the peak."""
@@ -137,8 +137,8 @@ def report(plan: Plan, gpus: list[Gpu]) -> str:
         f"  {asked.frozen_bytes / GIB:6.2f}  frozen models",
         f"  {state[workers.zero_stage]:6.2f}  adapter and AdamW in fp32 "
         f"({', '.join(f'ZeRO-{stage}: {size:.2f}' for stage, size in zip(STAGES, state, strict=True))})",
-        f"  {asked.peak_bytes / GIB:6.2f}  step at its peak: activations, gradients, temporaries "
-        f"(checkpointing {_on(plan.other.gradient_checkpointing)}: {plan.other.peak_bytes / GIB:.2f})",
+        f"  {asked.peak_bytes / GIB:6.2f}  step at its peak ({_peaks(asked)}; with gradient checkpointing "
+        f"{_on(plan.other.gradient_checkpointing)}: {_peaks(plan.other)})",
         f"  {SET_ASIDE / GIB + SLACK * asked.peak_bytes / GIB:6.2f}  set aside: 1 for CUDA's context and workspaces, "
         f"{SLACK:.0%} of the step for fragmentation",
         f"  {total / GIB:6.2f}  in all",
@@ -195,6 +195,10 @@ def _advice(plan: Plan, gpu: Gpu) -> str:
         on = "" if plan.asked.gradient_checkpointing else "gradient_checkpointing=true and "
         return f"{on}gradient_accumulation_steps={plan.parts * wanted}"
     return "a GPU with more memory"
+
+
+def _peaks(walked: Walked) -> str:
+    return ", ".join(f"{part} {walked.peaks[part] / GIB:.2f}" for part in (PARTS[0], PARTS[-1]))
 
 
 def _on(on: bool) -> str:

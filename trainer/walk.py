@@ -38,8 +38,13 @@ class Walked:
     gradient_checkpointing: bool
     parameters: dict[str, int]  # by model; "adapter" too
     frozen_bytes: int  # the frozen models' weights and buffers
-    peak_bytes: int  # all else that is held at the peak: inputs, activations, gradients, temporaries
+    peaks: dict[str, int]  # of PARTS: bytes that are held at most beside weights: activations, gradients, temporaries
     flops: dict[str, int]  # of PARTS; a multiplication and an addition are two
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak of the whole pass."""
+        return max(self.peaks.values())
 
 
 def training_pass(
@@ -128,21 +133,22 @@ class Walker:
         set_checkpointing(self.base, gradient_checkpointing)
         modules = (self.adapter, self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder)
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        held, flops = _Held(weights), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        done: dict[str, int] = {}
+        held, flops = _Held(weights), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        done, peaks = {}, {}
         with self.fake, held, flops:
             inputs = make_inputs(self.base, self.config.data.resolution, batch)
             autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
             for part in training_pass(self.base, self.adapter, self.scheduler, inputs, autocast):
                 done[part] = flops.get_total_flops() - sum(done.values())
                 gc.collect()  # some outputs are in cycles: when those go would be chance
+                peaks[part], held.peak = held.peak, held.now
         self.adapter.zero_grad()
         return Walked(
             batch=batch,
             gradient_checkpointing=gradient_checkpointing,
             parameters=self.parameters,
             frozen_bytes=self.frozen_bytes,
-            peak_bytes=held.peak,
+            peaks=peaks,
             flops=done,
         )
 
@@ -194,7 +200,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-_CPU_ATTENTION: dict[Any, Any] = {  # torch's own formulas know the GPU's ops only
+CPU_ATTENTION: dict[Any, Any] = {  # torch's own formulas know the GPU's ops only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
