@@ -91,12 +91,13 @@ class BaseSizes:
     def models(self) -> dict[str, nn.Module]:
         """Return new models by part: "unet", "vae", "text_encoder", "image_encoder"; on torch's default device, in its
         default dtype. Under `torch.device("meta")` they take no memory."""
-        return {
+        models: dict[str, Any] = {
             "unet": UNet2DConditionModel.from_config(dict(self.unet)),
             "vae": AutoencoderKL.from_config(dict(self.vae)),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**self.text)),
             "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**self.vision)),
         }
+        return models
 
 
 def backbone_of(models: Mapping[str, nn.Module], features: str) -> Backbone:
