@@ -7,14 +7,13 @@ import time
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests import peak
 from trainer import plan
 from trainer.__main__ import main
 from trainer.config import micro, paper
 from trainer.sd15 import BaseSizes, count, on_meta
-from trainer.walk import CPU_ATTENTION, Walker, make_inputs
+from trainer.walk import Meter, Walker, make_inputs
 
 GIB = 2**30
 
@@ -23,7 +22,7 @@ def test_checkpointing_takes_work_for_memory_and_both_grow_with_the_batch():
     small = Walker(peak.sizes(8), peak.config(128))
     plain, saving, twice = small.walk(2, False), small.walk(2, True), small.walk(4, False)
     unet = "UNet and adapter"
-    assert saving.peaks[unet] < 0.8 * plain.peaks[unet]
+    assert saving.peaks[unet] < 0.5 * plain.peaks[unet]
     assert 1.2 * plain.flops[unet] < saving.flops[unet] < 1.5 * plain.flops[unet]
     assert saving.peaks["VAE"] == pytest.approx(plain.peaks["VAE"], rel=0.01)
     assert twice.flops["VAE"] == 2 * plain.flops["VAE"]
@@ -50,12 +49,12 @@ def test_full_size_work_is_the_published_figures(full: Walker):
     plain = full.walk(1, False)
     assert plain.parameters["adapter"] == 49_087_488
     assert plain.flops["VAE"] / 1e9 == pytest.approx(1117, rel=0.01)  # facts: counted elsewhere
-    with full.fake, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward, torch.no_grad():
+    with full.fake, Meter() as forward, torch.no_grad():
         inputs = make_inputs(full.base, 512, 1)
         text, features = torch.zeros(1, 77, 768), torch.zeros(1, 257, 1280)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             full.adapter.denoise(full.base.unet, inputs["noise"], inputs["timesteps"], text, features[:, :0, :768], 0.0)
-    assert forward.get_total_flops() / 1e9 == pytest.approx(803, rel=0.01)
+    assert forward.flops / 1e9 == pytest.approx(803, rel=0.01)
     assert plain.frozen_bytes / 1_698_312_107 == pytest.approx(2, rel=0.001)  # bf16
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from trainer.adapter import Adapter, cross_attention
 from trainer.backbone import Backbone, ddim
@@ -113,11 +113,11 @@ class Walker:
         self.config, self.scheduler = config, ddim()
         self.bf16 = config.mixed_precision == "bf16"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        held = _Held()
-        with self.fake, held:
+        meter = Meter()
+        with self.fake, meter:
             with _default_dtype(torch.bfloat16 if self.bf16 else torch.float32):
                 self.base = backbone_of(sizes.models(), VARIANTS[config.variant].features)
-            frozen = held.now
+            frozen = meter.now
             models = {"UNet": self.base.unet, "VAE": self.base.vae, "text encoder": self.base.text_encoder}
             models["image encoder"] = self.base.image_encoder
             self.parameters = {name: count(model) for name, model in models.items()}
@@ -133,15 +133,15 @@ class Walker:
         set_checkpointing(self.base, gradient_checkpointing)
         modules = (self.adapter, self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder)
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        held, flops = _Held(weights), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        meter = Meter(weights)
         done, peaks = {}, {}
-        with self.fake, held, flops:
+        with self.fake, meter:
             inputs = make_inputs(self.base, self.config.data.resolution, batch)
             autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
             for part in training_pass(self.base, self.adapter, self.scheduler, inputs, autocast):
-                done[part] = flops.get_total_flops() - sum(done.values())
+                done[part] = meter.flops - sum(done.values())
                 gc.collect()  # some outputs are in cycles: when those go would be chance
-                peaks[part], held.peak = held.peak, held.now
+                peaks[part], meter.peak = meter.peak, meter.now
         self.adapter.zero_grad()
         return Walked(
             batch=batch,
@@ -153,19 +153,24 @@ class Walker:
         )
 
 
-class _Held(TorchDispatchMode):
-    """Counts the bytes of the storages that ops make while it is entered: `now`, and `peak`. Those of `known` tensors
-    are left out."""
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the storages that ops make while it is entered: `now`, and `peak`; and the ops' `flops`.
+    Storages of `known` tensors are left out.
+
+    torch's FlopCounterMode has the same formulas, but its hooks keep what gradient checkpointing recomputes.
+    """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._seen: set[int] = set()
         for tensor in known:
             self._see(tensor, counts=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        if formula := _FORMULAS.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=made)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self._see(tensor, counts=True)
@@ -192,15 +197,16 @@ def _in_float(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(value.float() for value in args) if torch.is_autocast_enabled("cpu") else args
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
 
 
-CPU_ATTENTION: dict[Any, Any] = {  # torch's own formulas know the GPU's ops only
+_FORMULAS: dict[Any, Any] = {  # torch's own know the GPU's attention only
+    **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
