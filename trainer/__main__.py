@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   the paper's run on eight GPUs of a cluster:
     ray job submit --working-dir . -- python -m trainer fit --preset paper --root s3://bucket/anime \\
         --output /shared/runs/paper --num-workers 8
-  go on after a crash, or to more steps: the same command again
+  go on after a crash, or to more steps: the same command again, with any number of workers
   before it: does the paper's run fit a GPU, and how long does it take (seconds, no GPU, no weights)?
     python -m trainer plan --preset paper --gpu a10 --gpu h100
   a published pickle to an adapter folder, to start from: --set adapter=/models/plus
@@ -31,6 +31,9 @@ EXAMPLES = """examples:
     python -m trainer export --run /runs/paper --step best --license cc-by-4.0 --output /hub/sketch-adapter
   a small family of models from nothing, on drawn figures (hours on two cores):
     python -m trainer micro --output /work/micro
+  colour frames from their sketches, with an average of the weights and a sheet of pictures every 500 steps:
+    python -m trainer fit ... --set data.target=image --set data.keywords=false --set ema_decay=0.999 \\
+        --set pictures.steps=500
   another learning rate, no validation:
     python -m trainer fit ... --set learning_rate=5e-5 --set data.validation_samples=0
 
@@ -61,6 +64,8 @@ def fit(args: argparse.Namespace) -> int:
         "output": args.output,
         "pretrained_model_name_or_path": args.base,
         "max_train_steps": args.max_train_steps,
+        "max_grad_norm": args.max_grad_norm,
+        "report_to": args.report_to,
     }
     changes = {name: value for name, value in options.items() if value is not None}
     if args.root is not None:
@@ -194,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as seed=1")
     verb.add_argument("--num-workers", type=int, metavar="N", help="Ray Train workers")
     verb.add_argument("--max-train-steps", type=int, metavar="N", help="optimizer steps in all")
+    verb.add_argument("--max-grad-norm", type=float, metavar="NORM", help="shorten longer gradients to it; 0: none")
+    verb.add_argument(
+        "--report-to",
+        choices=["none", "tensorboard", "wandb", "mlflow"],
+        help="where a copy of metrics.jsonl goes (default: none); its package must be installed",
+    )
     verb.set_defaults(run=fit)
 
     verb = verbs.add_parser(
