@@ -141,7 +141,7 @@ def plan(args: argparse.Namespace) -> int:
 
     for name in set(args.gpu or ()) - set(plan.GPUS):
         raise ValueError(f"No GPU {name!r}. There are: {', '.join(plan.GPUS)}")
-    gpus = [plan.GPUS[name] for name in args.gpu or plan.DEFAULT_GPUS]
+    gpus = [plan.GPUS[name] for name in args.gpu or plan.GPUS]
     print(plan.report(plan.make_plan(config, args.utilisation), gpus))
     return DONE
 
@@ -228,9 +228,9 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu",
         metavar="NAME",
         action="append",
-        help=f"this GPU; may be given again: {_GPUS} (default: a10, a100-80, h100)",
+        help=f"this GPU; may be given again: {_GPUS} (default: all)",
     )
-    verb.add_argument("--utilisation", type=float, metavar="SHARE", help="of the GPU's peak (default: 0.3)")
+    verb.add_argument("--utilisation", type=float, metavar="SHARE", help="of the GPU's peak (default: 0.2)")
     verb.set_defaults(run=plan)
 
     verb = verbs.add_parser(

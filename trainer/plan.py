@@ -15,7 +15,9 @@ from trainer.sd15 import ID, IMAGE_ENCODER, BaseSizes
 from trainer.walk import PARTS, Walked, Walker
 
 GIB = 2**30
-UTILISATION = 0.3  # stock diffusers samples at 40 % of an A100's peak (1.50 pictures of 83 TFLOP a second, batch 16)
+# Of a GPU's peak. On an A100, ControlNet was trained at 20 % (NeMo's 27.2 samples a second, by our count of 2.27 TFLOP
+# each), and diffusers samples at 40 % (1.50 pictures of 83 TFLOP a second, in batches of 16)
+UTILISATION = 0.2
 STAGES = (0, 1, 2, 3)
 SET_ASIDE, SLACK = GIB, 0.1  # the CUDA context and workspaces of cuDNN, cuBLAS, NCCL; of the step: fragmentation
 
@@ -29,6 +31,14 @@ class Gpu:
     bf16: float  # TFLOP/s of the tensor cores
     fp32: float  # TFLOP/s without them
 
+    @property
+    def bytes(self) -> int:
+        return self.mib * 2**20
+
+    def peak(self, mixed_precision: str) -> float:
+        """Return TFLOP/s."""
+        return self.bf16 if mixed_precision == "bf16" else self.fp32
+
 
 GPUS = {
     "a10": Gpu(name="A10", mib=23_028, bf16=125, fp32=31.2),
@@ -37,7 +47,6 @@ GPUS = {
     "h100": Gpu(name="H100 SXM", mib=81_559, bf16=989, fp32=66.9),
     "h200": Gpu(name="H200", mib=143_771, bf16=989, fp32=66.9),
 }
-DEFAULT_GPUS = ("a10", "a100-80", "h100")
 
 
 def base_sizes(config: TrainerConfig) -> BaseSizes:
@@ -57,17 +66,17 @@ def base_sizes(config: TrainerConfig) -> BaseSizes:
     return BaseSizes.of(found.folder, found.image_encoder, found.id)
 
 
-def state_bytes(parameters: int, stage: int, workers: int) -> int:
-    """Return the bytes of a worker for an adapter in fp32 and its AdamW, between steps, as DeepSpeed 0.19 keeps them.
+def state_bytes(parameters: int, stage: int, workers: int, *, copy: bool = False) -> int:
+    """Return the bytes that a worker holds for an adapter in fp32 and its AdamW, as DeepSpeed 0.19 keeps them.
 
-    Stage 0: weights and two moments; gradients are part of the step. Stages 1 and 2: the weights, a bucket for the
-    gradients of all, and a share of master weights, gradients and moments. Stage 3: a share of the weights too, but
-    while a layer is at work its weights are whole, and here all layers are.
+    Stage 0: weights and two moments, whole. Stages 1 and 2: whole weights; shares of master weights, moments and
+    gradients. Stage 3: a share of the weights too, but while a layer is at work its weights are whole, and here all
+    layers are. Whole gradients, or the bucket that they go through, are part of the step. `copy`: the weights once
+    more, for their average; stage 3 makes one always, to score and publish.
     """
     whole, share = 4 * parameters, 4 * -(-parameters // workers)
-    if stage == 0:
-        return whole + 2 * whole
-    return whole + whole + 4 * share + (share if stage == 3 else 0)
+    held = {0: 3 * whole, 1: whole + 4 * share, 2: whole + 4 * share, 3: whole + 5 * share}[stage]
+    return held + (whole if copy or stage == 3 else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,25 +94,31 @@ class Plan:
         """Passes that a worker takes for one optimizer step."""
         return self.config.gradient_accumulation_steps
 
+    def state(self, stage: int) -> int:
+        """Return the bytes of a GPU that adapter and optimizer take."""
+        config = self.config
+        adapter = self.asked.parameters["adapter"]
+        return state_bytes(adapter, stage, config.workers.num_workers, copy=config.ema_decay > 0)
+
     def needs(self, walked: Walked, stage: int) -> int:
         """Return the bytes of a GPU that a run takes."""
-        state = state_bytes(walked.parameters["adapter"], stage, self.config.workers.num_workers)
-        return walked.frozen_bytes + state + int((1 + SLACK) * walked.peak_bytes) + SET_ASIDE
+        return walked.frozen_bytes + self.state(stage) + int((1 + SLACK) * walked.peak_bytes) + SET_ASIDE
 
     def stage(self, gpu: Gpu, walked: Walked) -> int | None:
         """Return the lowest ZeRO stage with which the run fits; None when it fits with none."""
-        return next((stage for stage in STAGES if self.needs(walked, stage) <= gpu.mib * 2**20), None)
+        return next((stage for stage in STAGES if self.needs(walked, stage) <= gpu.bytes), None)
 
     def largest(self, gpu: Gpu, walked: Walked) -> int:
         """Return the most samples of one pass that fit, with the stage that is set; 0 for none."""
-        step = (1 + SLACK) * walked.peak_bytes
-        room = gpu.mib * 2**20 - self.needs(walked, self.config.workers.zero_stage) + step
-        return max(0, int(room * walked.batch / step))  # a peak grows with its samples
+        fixed = walked.frozen_bytes + self.state(self.config.workers.zero_stage) + SET_ASIDE
+        return walked.largest(int((gpu.bytes - fixed) / (1 + SLACK)))
 
-    def seconds(self, gpu: Gpu, walked: Walked) -> float:
-        """Return the time of an optimizer step: counted work at the assumed share of the peak."""
-        peak = gpu.bf16 if self.config.mixed_precision == "bf16" else gpu.fp32
-        return self.parts * sum(walked.flops.values()) / (peak * 1e12 * self.utilisation)
+    def seconds(self, gpu: Gpu, walked: Walked, *, cached: bool = False) -> float:
+        """Return the time of an optimizer step: counted work, without the encoders' from a cache, at the assumed share
+        of the peak."""
+        peak = gpu.peak(self.config.mixed_precision) * 1e12
+        flops = walked.flops[PARTS[-1]] if cached else sum(walked.flops.values())
+        return self.parts * flops / (peak * self.utilisation)
 
 
 def make_plan(config: TrainerConfig, utilisation: float | None = None) -> Plan:
@@ -121,30 +136,26 @@ def make_plan(config: TrainerConfig, utilisation: float | None = None) -> Plan:
 def report(plan: Plan, gpus: list[Gpu]) -> str:
     """Return a plan as text: memory by part, work by part, and a table with a line for each GPU."""
     config, asked, workers = plan.config, plan.asked, plan.config.workers
-    precision = config.mixed_precision if config.mixed_precision != "no" else "fp32"
-    adapter = asked.parameters["adapter"]
-    state = [state_bytes(adapter, stage, workers.num_workers) / GIB for stage in STAGES]
     counts = ", ".join(f"{part} {count:,}" for part, count in asked.parameters.items())
-    work = ", ".join(f"{part} {flops / 1e12:.2f}" for part, flops in asked.flops.items())
-    whole, trained = sum(asked.flops.values()) / 1e12, asked.flops[PARTS[-1]] / 1e12
-    total = plan.needs(asked, workers.zero_stage)
+    work = ", ".join(f"{part} {flops / 1e12:.3g}" for part, flops in asked.flops.items())
+    frozen = ", ".join(f"{part} {size / GIB:.2f}" for part, size in asked.frozen.items())
+    held = "adapter, its average and AdamW in fp32" if config.ema_decay else "adapter and AdamW in fp32"
+    states = ", ".join(f"ZeRO-{stage}: {plan.state(stage) / GIB:.2f}" for stage in STAGES)
     lines = [
-        f"{plan.base}, {config.data.resolution} px, {precision}; parameters: {counts}",
-        f"batch {config.train_batch_size} = {workers.num_workers} worker(s) x {plan.parts} part(s) x {asked.batch}, "
+        f"{plan.base}, {config.data.resolution} px, {_precision(config)}; parameters: {counts}",
+        f"batch {config.train_batch_size} = {workers.num_workers} worker(s) x {plan.parts} pass(es) x {asked.batch}, "
         f"ZeRO-{workers.zero_stage}, gradient checkpointing {_on(asked.gradient_checkpointing)}",
         "",
         "memory of one GPU, GiB",
-        f"  {asked.frozen_bytes / GIB:6.2f}  frozen models",
-        f"  {state[workers.zero_stage]:6.2f}  adapter and AdamW in fp32 "
-        f"({', '.join(f'ZeRO-{stage}: {size:.2f}' for stage, size in zip(STAGES, state, strict=True))})",
-        f"  {asked.peak_bytes / GIB:6.2f}  step at its peak ({_peaks(asked)}; with gradient checkpointing "
+        f"  {asked.frozen_bytes / GIB:6.2f}  frozen models ({frozen})",
+        f"  {plan.state(workers.zero_stage) / GIB:6.2f}  {held} ({states})",
+        f"  {asked.peak_bytes / GIB:6.2f}  one pass at its peak ({_peaks(asked)}; with gradient checkpointing "
         f"{_on(plan.other.gradient_checkpointing)}: {_peaks(plan.other)})",
-        f"  {SET_ASIDE / GIB + SLACK * asked.peak_bytes / GIB:6.2f}  set aside: 1 for CUDA's context and workspaces, "
-        f"{SLACK:.0%} of the step for fragmentation",
-        f"  {total / GIB:6.2f}  in all",
+        f"  {(SET_ASIDE + SLACK * asked.peak_bytes) / GIB:6.2f}  assumed: {SET_ASIDE / GIB:g} for CUDA's context and "
+        f"workspaces, {SLACK:.0%} of the pass for fragmentation",
+        f"  {plan.needs(asked, workers.zero_stage) / GIB:6.2f}  in all",
         "",
-        f"work of one pass, TFLOP: {work}; in all {whole:.2f}",
-        f"from a cache (python -m trainer cache) the encoders' part falls away: {whole / trained:.2f} times less work",
+        f"work of one pass, TFLOP: {work}; in all {sum(asked.flops.values()) / 1e12:.3g}",
         "",
     ]
     head = [
@@ -153,47 +164,58 @@ def report(plan: Plan, gpus: list[Gpu]) -> str:
         "fits",
         "lowest ZeRO",
         "largest pass",
-        f"peak {precision} TFLOP/s",
-        f"s a step at {plan.utilisation:.0%}",
+        f"{_precision(config)} TFLOP/s",
+        "a step",
+        "from a cache",
         f"{config.max_train_steps:,} steps",
-        "advice",
+        "what else",
     ]
     rows = [head, *(_row(plan, gpu) for gpu in gpus)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += ["", "Times are work alone: no data, communication or validation. Measure: fit ... --max-train-steps 2"]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Fits, lowest ZeRO stage, largest pass (samples): with the memory above. Times: the work at an assumed "
+            f"{plan.utilisation:.0%} of the GPU's peak",
+            "(--utilisation), without data, communication, validation and pictures. A measure: fit --max-train-steps 2",
+        ]
+    )
 
 
 def _row(plan: Plan, gpu: Gpu) -> list[str]:
     stage, seconds = plan.stage(gpu, plan.asked), plan.seconds(gpu, plan.asked)
-    peak = gpu.bf16 if plan.config.mixed_precision == "bf16" else gpu.fp32
     return [
         gpu.name,
-        f"{gpu.mib / 1024:.1f}",
-        "yes" if plan.needs(plan.asked, plan.config.workers.zero_stage) <= gpu.mib * 2**20 else "no",
+        f"{gpu.bytes / GIB:.1f}",
+        "yes" if plan.needs(plan.asked, plan.config.workers.zero_stage) <= gpu.bytes else "no",
         "none" if stage is None else str(stage),
         str(plan.largest(gpu, plan.asked)),
-        f"{peak:g}",
-        f"{seconds:.2f}",
-        _hours(seconds * plan.config.max_train_steps),
+        f"{gpu.peak(plan.config.mixed_precision):g}",
+        _time(seconds),
+        _time(plan.seconds(gpu, plan.asked, cached=True)),
+        _time(seconds * plan.config.max_train_steps),
         _advice(plan, gpu),
     ]
 
 
 def _advice(plan: Plan, gpu: Gpu) -> str:
     """Return the setting to change: what makes it fit, else what makes it faster."""
+    stage, zero = plan.stage(gpu, plan.asked), plan.config.workers.zero_stage
     plain, saving = sorted((plan.asked, plan.other), key=lambda walked: walked.gradient_checkpointing)
-    if plan.stage(gpu, plain) is not None:
-        if not plan.asked.gradient_checkpointing:
-            return "as it is"
-        return f"gradient_checkpointing=false fits too: {plan.seconds(gpu, plain):.2f} s a step"
-    if plan.stage(gpu, saving) is not None:
-        return "as it is" if plan.asked.gradient_checkpointing else "gradient_checkpointing=true"
+    if stage is not None:
+        if plan.needs(plan.asked, zero) > gpu.bytes:
+            return f"workers.zero_stage={stage}"
+        if plan.asked.gradient_checkpointing and plan.needs(plain, zero) <= gpu.bytes:
+            return f"gradient_checkpointing=false: {_time(plan.seconds(gpu, plain))}"
+        return ""
+    if plan.needs(saving, zero) <= gpu.bytes:
+        return "gradient_checkpointing=true"
     if largest := plan.largest(gpu, saving):
-        wanted = next(n for n in range(1, saving.batch + 1) if saving.batch % n == 0 and saving.batch // n <= largest)
-        on = "" if plan.asked.gradient_checkpointing else "gradient_checkpointing=true and "
-        return f"{on}gradient_accumulation_steps={plan.parts * wanted}"
+        passes = next(n for n in range(1, saving.batch + 1) if saving.batch % n == 0 and saving.batch // n <= largest)
+        on = "" if plan.asked.gradient_checkpointing else "gradient_checkpointing=true "
+        return f"{on}gradient_accumulation_steps={plan.parts * passes}"
     return "a GPU with more memory"
 
 
@@ -201,9 +223,16 @@ def _peaks(walked: Walked) -> str:
     return ", ".join(f"{part} {walked.peaks[part] / GIB:.2f}" for part in (PARTS[0], PARTS[-1]))
 
 
+def _precision(config: TrainerConfig) -> str:
+    return config.mixed_precision if config.mixed_precision != "no" else "fp32"
+
+
 def _on(on: bool) -> str:
     return "on" if on else "off"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
+def _time(seconds: float) -> str:
+    for unit, length, most in (("ms", 1e-3, 1.0), ("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 72 * 3600.0)):
+        if seconds < most:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -37,14 +37,28 @@ class Walked:
     batch: int
     gradient_checkpointing: bool
     parameters: dict[str, int]  # by model; "adapter" too
-    frozen_bytes: int  # the frozen models' weights and buffers
+    frozen: dict[str, int]  # by frozen model: bytes of its weights and buffers
     peaks: dict[str, int]  # of PARTS: bytes that are held at most beside weights: activations, gradients, temporaries
     flops: dict[str, int]  # of PARTS; a multiplication and an addition are two
+
+    @property
+    def frozen_bytes(self) -> int:
+        """The bytes of all frozen models."""
+        return sum(self.frozen.values())
 
     @property
     def peak_bytes(self) -> int:
         """The peak of the whole pass."""
         return max(self.peaks.values())
+
+    def largest(self, room: int) -> int:
+        """Return the most samples whose pass stays within `room` bytes; 0 for none."""
+        gradients = 4 * self.parameters["adapter"]  # of the last part's peak; the rest grows with the samples
+        most = []
+        for part, peak in self.peaks.items():
+            fixed = gradients if part == PARTS[-1] else 0
+            most.append((room - fixed) * self.batch // (peak - fixed))
+        return max(0, min(most))
 
 
 def training_pass(
@@ -113,27 +127,24 @@ class Walker:
         self.config, self.scheduler = config, ddim()
         self.bf16 = config.mixed_precision == "bf16"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        meter = Meter()
-        with self.fake, meter:
+        with self.fake:
             with _default_dtype(torch.bfloat16 if self.bf16 else torch.float32):
                 self.base = backbone_of(sizes.models(), VARIANTS[config.variant].features)
-            frozen = meter.now
             models = {"UNet": self.base.unet, "VAE": self.base.vae, "text encoder": self.base.text_encoder}
             models["image encoder"] = self.base.image_encoder
+            self.frozen = {name: sum(tensor.nbytes for tensor in tensors_of(model)) for name, model in models.items()}
             self.parameters = {name: count(model) for name, model in models.items()}
             self.adapter = new_adapter(self.base, adapter_sizes(self.base, config))
         for module in self.base.unet.modules():  # the adapter's layers are among them
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.register_forward_pre_hook(_in_float)
         self.parameters["adapter"] = count(self.adapter)
-        self.frozen_bytes = frozen
 
     def walk(self, batch: int, gradient_checkpointing: bool) -> Walked:
         """Return what a pass of `batch` samples takes."""
         set_checkpointing(self.base, gradient_checkpointing)
         modules = (self.adapter, self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder)
-        weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        meter = Meter(weights)
+        meter = Meter(tensor for module in modules for tensor in tensors_of(module))
         done, peaks = {}, {}
         with self.fake, meter:
             inputs = make_inputs(self.base, self.config.data.resolution, batch)
@@ -147,7 +158,7 @@ class Walker:
             batch=batch,
             gradient_checkpointing=gradient_checkpointing,
             parameters=self.parameters,
-            frozen_bytes=self.frozen_bytes,
+            frozen=self.frozen,
             peaks=peaks,
             flops=done,
         )
@@ -190,6 +201,11 @@ class Meter(TorchDispatchMode):
     def _forget(self, name: int, size: int) -> None:
         self._seen.discard(name)
         self.now -= size
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Return a model's parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def _in_float(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -338,7 +338,7 @@ class Worker:
         held_out = Samples(self.config.data, "validation")
         count = min(self.config.data.validation_samples, len(held_out))
         jobs = [(i, timestep) for i in range(count) for timestep in QUANTILES][self.rank :: self.world_size]
-        part = self.config.train_batch_size // self.world_size
+        part = self.config.train_batch_size // (self.world_size * self.config.gradient_accumulation_steps)
         batches = []
         for start in range(0, len(jobs), part):
             chunk = jobs[start : start + part]
