@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from serving.engine import Engine, Recipe
-from tests.lines import write_lines
+from tests.lines import files, write_lines
 from tests.published import SD15, flat, nested
 from trainer import loop
 from trainer.adapter import Adapter, PooledAdapterConfig, read_config
@@ -112,6 +113,28 @@ def test_it_is_trained_saved_resumed_from_and_served(ray_session: str, twin: Pat
     (other,) = engine.infer(dataclasses.replace(recipe, reference=pictures()[1]))
     assert drawn.size == (64, 64)
     assert drawn.tobytes() != other.tobytes()
+
+
+def test_a_run_from_a_published_file_in_fp16_resumes_to_the_same_bits(ray_session: str, twin: Path, tmp_path: Path):
+    save_file(flat(nested("base")), tmp_path / "ip-adapter.safetensors")
+    config = TrainerConfig(
+        output=str(tmp_path / "run"),
+        pretrained_model_name_or_path=str(twin),
+        adapter=str(tmp_path / "ip-adapter.safetensors"),
+        data=DataConfig(root=write_lines(tmp_path / "lines"), resolution=64, validation_samples=0),
+        ema_decay=0.5,
+        learning_rate=1e-3,
+        max_train_steps=2,
+        train_batch_size=2,
+        checkpointing_steps=1,
+    )
+    loop.fit(config)
+    last = tmp_path / "run" / "checkpoints" / "step-2"
+    whole = files(last)
+    assert {value.dtype for value in load_file(last / "adapter" / "ip_adapter.safetensors").values()} == {torch.float16}
+    shutil.rmtree(last)
+    loop.fit(config)
+    assert files(last) == whole
 
 
 def test_the_base_variant_has_no_resampler_and_says_so(base: Backbone):

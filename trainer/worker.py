@@ -36,7 +36,8 @@ from trainer.pictures import asked, draw_picture, write_sheet
 from trainer.projection import VARIANTS
 from trainer.run import Run
 
-STATE = "state/optimizer.safetensors"  # of a checkpoint: AdamW's moments; with an average, the weights too
+# of a checkpoint: AdamW's moments; the weights too where the adapter folder has their average, or has them rounded
+STATE = "state/optimizer.safetensors"
 T = TypeVar("T")
 RECORDED = 16  # samples of a pass whose queries the alignment takes
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
@@ -83,8 +84,10 @@ class Worker:
         self._copy: Adapter | None = None
         if config.ema_decay or config.workers.zero_stage == 3:
             self._copy = copy.deepcopy(adapter).requires_grad_(False)
-        if weights := {name.removeprefix("weight."): value for name, value in state.items() if name[:7] == "weight."}:
-            adapter.load_state_dict(weights)
+        for prefix, module in (("weight.", adapter), ("average.", self._copy)):
+            if found := {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}:
+                assert module is not None
+                module.load_state_dict(found)
         self.engine = make_engine(adapter, config)
         if state:
             load_optimizer_state(self.engine, state, self._newest)
@@ -183,10 +186,14 @@ class Worker:
     def save(self, step: int) -> None:
         """Write checkpoints/step-N aside on rank 0, the adapter and its state; then seal, rename, prune."""
         state = optimizer_state(self.engine)
-        if self.config.ema_decay:
+        # what the adapter folder does not have to the last bit
+        rounded = any(dtype != torch.float32 for dtype in self.adapter.stored.values())
+        if self.config.ema_decay or rounded:
             with whole_parameters(self.engine):
-                weights = {name: value.detach().cpu().clone() for name, value in self.adapter.named_parameters()}
-            state |= {f"weight.{name}": value for name, value in weights.items()}
+                state |= _copies("weight.", self.adapter)
+        if self.config.ema_decay and rounded:
+            assert self._copy is not None
+            state |= _copies("average.", self._copy)
         with self._published() as adapter:
             if self.rank == 0:
                 with new_folder(self.run.checkpoint(step)) as aside:
@@ -354,6 +361,11 @@ class Worker:
             ]
             batches.append(self._encode(held_out.read([i for i, _ in chunk]), draws))
         return batches
+
+
+def _copies(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
+    """Return copies of the adapter's parameters on the CPU, by name after `prefix`."""
+    return {prefix + name: value.detach().cpu().clone() for name, value in adapter.named_parameters()}
 
 
 def _peak_memory(device: torch.device) -> float:
