@@ -59,7 +59,7 @@ def test_a_folder_for_the_hub_holds_weights_card_pictures_and_sums(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     hub = tmp_path / "line-adapter"
-    assert main(["export", "--run", str(run), "--output", str(hub), "--license", "cc-by-4.0"]) == 0
+    assert main(["export", str(run), "--output", str(hub), "--license", "cc-by-4.0"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": str(hub), "license": "cc-by-4.0"}
     check_sealed(hub)
     names = sorted(path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file())
@@ -106,7 +106,7 @@ def test_the_card_of_a_hub_base_names_it_and_its_image_encoder(run: Path, tmp_pa
 
 
 def test_a_licence_that_nobody_gave_stays_unknown(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["export", "--run", str(run), "--output", str(tmp_path / "hub")]) == 0
+    assert main(["export", str(run), "--output", str(tmp_path / "hub")]) == 0
     assert "No --license was given: the card says unknown." in capsys.readouterr().err
     assert front(tmp_path / "hub")["license"] == "unknown"
     assert "licence | unknown: nobody has said so far" in (tmp_path / "hub" / "README.md").read_text()
@@ -115,7 +115,7 @@ def test_a_licence_that_nobody_gave_stays_unknown(run: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(("step", "value", "pictures"), [("2", 2, 1), ("4", 4, 2), ("best", 2, 1), (None, 4, 2)])
 def test_the_step_that_is_asked_for_is_exported(run: Path, tmp_path: Path, step: str | None, value: int, pictures: int):
     chosen = ["--step", step] if step else []
-    assert main(["export", "--run", str(run), "--output", str(tmp_path / "hub"), *chosen]) == 0
+    assert main(["export", str(run), "--output", str(tmp_path / "hub"), *chosen]) == 0
     assert Adapter.from_pretrained(tmp_path / "hub").image_proj.norm_out.bias[0] == value
     card = (tmp_path / "hub" / "README.md").read_text()
     assert f"| step | {value} |" in card
@@ -172,5 +172,5 @@ def test_what_is_not_there_or_in_the_way_is_named(run: Path, tmp_path: Path, cap
     Adapter.from_pretrained(run).save_pretrained(run / "best", base={})
     with pytest.raises(AdapterError, match=r"config\.json has no dataset"):
         export(run, tmp_path / "hub", step="best")
-    assert main(["export", "--run", str(run), "--output", str(tmp_path / "hub"), "--step", "last"]) == 2
+    assert main(["export", str(run), "--output", str(tmp_path / "hub"), "--step", "last"]) == 2
     assert "--step is a checkpoint's number or best, got 'last'" in capsys.readouterr().err

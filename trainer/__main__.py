@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   a published pickle to an adapter folder, to start from: --set adapter=/models/plus
     python -m trainer convert ip-adapter-plus_sd15.bin --output /models/plus
   a folder for the Hugging Face hub, with a model card:
-    python -m trainer export --run /runs/paper --step best --license cc-by-4.0 --output /hub/sketch-adapter
+    python -m trainer export /runs/paper --step best --license cc-by-4.0 --output /hub/sketch-adapter
   a small family of models from nothing, on drawn figures (hours on two cores):
     python -m trainer micro --output /work/micro
   colour frames from their sketches, with an average of the weights and a sheet of pictures every 500 steps:
@@ -166,7 +166,7 @@ def export(args: argparse.Namespace) -> int:
     if isinstance(step, str) and step != "best":
         raise ValueError(f"--step is a checkpoint's number or best, got {step!r}.")
     output = absolute(args.output, "--output")
-    export(absolute(args.run_folder, "--run"), output, step=step, license=args.license)
+    export(absolute(args.folder, "RUN"), output, step=step, license=args.license)
     if args.license is None:
         print(f"No --license was given: the card says {UNKNOWN}.", file=sys.stderr)
     print(json.dumps({"output": output, "license": args.license or UNKNOWN}))
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         "and sample pictures, and SHA256SUMS. Read the card before you upload it: what it can't know, such as who may "
         "use the data, it says is unknown.",
     )
-    verb.add_argument("--run", metavar="DIR", required=True, dest="run_folder", help="run folder of `fit`")
+    verb.add_argument("folder", metavar="RUN", help="run folder of `fit`")
     verb.add_argument("--output", metavar="DIR", required=True, help="folder to make; its name is the card's title")
     verb.add_argument("--step", metavar="N|best", help="this checkpoint, or best (default: the newest)")
     verb.add_argument(

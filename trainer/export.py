@@ -47,7 +47,7 @@ def export(run: str | Path, output: str | Path, *, step: int | str | None = None
 def _source(run: Run, step: int | str | None) -> Path:
     """Return the adapter folder to export, its seal and its checkpoint's checked."""
     if not (run.folder / "run.json").is_file():
-        raise FileNotFoundError(f"{run.folder} is no run folder: it has no run.json. Give --run what `fit` wrote.")
+        raise FileNotFoundError(f"{run.folder} is no run folder: it has no run.json. Give what `fit` wrote.")
     if step is None or step == "best":
         source = sealed = run.folder / ("best" if step else "adapter")
     else:
