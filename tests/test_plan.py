@@ -7,6 +7,8 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import peak
 from trainer import plan
@@ -81,8 +83,18 @@ def test_the_paper_s_run_is_planned_in_seconds_without_weights(capsys: pytest.Ca
     for words in ("859,520,964", "632,076,800", "49,087,488", "ZeRO-2, gradient checkpointing on", "100,000 steps"):
         assert words in text
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
-    assert {"A10", "A100 80 GB", "H100 SXM"} <= rows.keys()
+    assert {gpu.name for gpu in plan.GPUS.values()} <= rows.keys()
     assert " yes " in rows["A10"]  # the paper's GPU
+    assert text.strip() in (peak.REPO / "docs" / "planning.md").read_text()
+
+
+def test_attention_s_work_is_counted_forward_and_backward():
+    """Two products of B x H x S x T x D forward; backward the scores again, and four more."""
+    shapes = (2, 3, 50, 64), (2, 3, 16, 64), (2, 3, 16, 64)
+    with FakeTensorMode(), Meter() as meter:
+        query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)
+        F.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert meter.flops == (2 + 5) * 2 * 2 * 3 * 50 * 16 * 64
 
 
 def test_answers_follow_from_memory_and_work():
