@@ -22,7 +22,13 @@ FACTS = {
     "base": {"id": "twin", "weights_hash": "ab" * 32, "image_encoder": None, "random_weights": True},
     "dataset": {"uri": "lines", "version": 3, "tag": "spring", "samples": 1818},
     "training": {"learning_rate": 1e-4, "train_batch_size": 8},
-    "preprocessing": {"resolution": 64, "reference": "resized to a square", "features": "hidden_states[-2]"},
+    "preprocessing": {
+        "resolution": 64,
+        "target_column": "image",
+        "reference_column": "training_sketch",
+        "reference": "resized to a square",
+        "features": "hidden_states[-2]",
+    },
     "code_version": "0123456789ab",
 }
 
@@ -83,6 +89,7 @@ def test_a_folder_for_the_hub_holds_weights_card_pictures_and_sums(
         "# line-adapter",
         "IP-Adapter-Plus (16 image tokens)",
         "ab" * 32,
+        "| learned pictures | `image`, 64 px |",
         "lines, version 3 (tag spring), 1,818 samples",
         "learning_rate 0.0001, train_batch_size 8",
         "| 2 | 0.2500 (least) |",

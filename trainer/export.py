@@ -99,7 +99,7 @@ def card(
     version = f"version {data['version']}" + (f" (tag {data['tag']})" if data.get("tag") else "")
     limits = [
         f"Drawn and checked with {base['id']} only; other bases of its family may or may not follow it.",
-        f"It has seen {data['samples']:,} samples. What they don't show, it does not draw.",
+        f"Its data has {data['samples']:,} samples. What they don't show, it does not draw.",
         "A reference is squeezed to a square: of a very long picture little is seen.",
         "It gives the gist of a reference (style, subject, arrangement), not its lines: those take a ControlNet too.",
         "The base's own limits and rules of use hold.",
@@ -132,7 +132,8 @@ Stable Diffusion: a reference picture steers what is drawn, beside the text.
 | base | {base["id"]}, sha256 over its weights {base["weights_hash"]} |
 | image encoder | {encoder} |
 | data | {data["uri"]}, {version}, {data["samples"]:,} samples |
-| pictures | {reads["resolution"]} px; reference: {reads["reference"]} |
+| learned pictures | `{reads["target_column"]}`, {reads["resolution"]} px |
+| references | `{reads["reference_column"]}`: {reads["reference"]} |
 | step | {facts["step"]:,} |
 | settings | {", ".join(f"{key} {value}" for key, value in facts["training"].items())} |
 | code | {facts["code_version"]} |
