@@ -213,6 +213,7 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
         {
             "base_weights_hash": base_hash,
             "adapter": config.adapter and _adapter_hash(config.adapter),
+            "variant": config.variant,
             "resampler_dim": config.resampler_dim,
             "dataset_version": samples.version,
             "dataset_fingerprint": samples.fingerprint,
@@ -223,7 +224,11 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
         }
     )
     facts = {
-        "base": {"id": base.id, "weights_hash": base_hash},
+        "base": {
+            "id": base.id,
+            "weights_hash": base_hash,
+            "image_encoder": config.image_encoder and name_of(config.image_encoder),
+        },
         "dataset": {"uri": name_of(config.data.root), "version": samples.version, "tag": tag, "samples": len(samples)},
         "training": {name: getattr(config, name) for name in (*_SETTINGS, "gradient_accumulation_steps")},
         "preprocessing": {
