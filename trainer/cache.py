@@ -1,0 +1,229 @@
+"""The cache: what the frozen encoders make of each training sample, computed once and read by index from then on.
+
+`ROOT/caches/KEY.lance` has a row per sample, in the order of `Samples`, and one more after it for its mirror image where
+`data.random_flip` asks for it. KEY is a hash of all that the rows depend on, so a cache of other weights, data or
+settings is not found. The table is there when it is whole: cache_writer.py commits it once, at its end.
+
+Shape suffixes: B batch, h and w latents, T text tokens, C text width, N image patches + CLS, E vision width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from factory.files import sha256_file
+from factory.store import state
+from trainer.base import BaseFiles
+from trainer.config import TrainerConfig
+from trainer.data import FITTING, TARGET, Samples
+
+TENSORS = ("mean", "std", "text", "features")
+RECIPE = 1  # raised when the encoders are given other inputs than before: data.square_pixels, backbone.encode_*
+_FACTS, _SHAPES = b"animesketch.cache", b"animesketch.shapes"
+_SETTINGS = ("*.json", "*.txt")  # of a model's folder: what its outputs depend on beside the weights
+_LANCE_MEMORY = 64 << 20  # bytes of file metadata that a reader keeps
+
+
+class DamagedCache(ValueError):
+    """A cache whose rows are not those that were written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A sample as the encoders left it."""
+
+    mean_4hw: Tensor  # of its latents, fp32, unscaled
+    std_4hw: Tensor
+    text_TC: Tensor
+    features_NE: Tensor
+
+
+def cache_facts(config: TrainerConfig, samples: Samples, base: BaseFiles, base_hash: str) -> dict[str, Any]:
+    """Return all that the rows of a cache depend on; `base_hash` is `base.hash()`."""
+    fragments = [state(fragment.metadata) for fragment in samples.dataset.get_fragments()]
+    return {
+        "recipe": RECIPE,
+        "base_weights": base_hash,
+        "base_settings": _settings_hash(base),
+        "data_files": hashlib.sha256(json.dumps(fragments).encode()).hexdigest(),  # each version has other ones
+        "samples": samples.fingerprint,
+        "columns": [TARGET, config.data.reference],
+        "preprocessing": FITTING,
+        "resolution": config.data.resolution,
+        "random_flip": config.data.random_flip,
+        "mixed_precision": config.mixed_precision,  # what the encoders compute in
+        "dtype": config.data.cache_dtype,
+    }
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """Return the key of a cache: 16 hex digits of the sha256 of its facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def uri_of(root: str, facts: dict[str, Any]) -> str:
+    """Return where the cache of these facts is, or would be."""
+    return f"{root.rstrip('/')}/caches/{key_of(facts)}.lance"
+
+
+def exists(uri: str) -> bool:
+    """Return whether a whole cache is at `uri`."""
+    if "://" not in uri:
+        return any(Path(uri, "_versions").glob("*.manifest"))
+    try:
+        lance.dataset(uri)
+    except ValueError:  # not found
+        return False
+    return True
+
+
+def find_cache(config: TrainerConfig, facts: dict[str, Any], began: dict[str, Any] | None) -> str | None:
+    """Return the URI of the cache that a run trains on; None where the encoders run in each step.
+
+    `began` is what the run was made with (`Run.began`): it goes on as it began. FileNotFoundError when there is none,
+    and `data.cache=required` or the run's beginning asks for it.
+    """
+    wanted, uri = config.data.cache, uri_of(config.data.root, facts)
+    if wanted == "auto" and began is not None:
+        wanted = "required" if began.get("cache") else "never"
+    if wanted == "never":
+        return None
+    if exists(uri):
+        return uri
+    make = f"python -m trainer cache --root {shlex.quote(config.data.root)}, with the --preset, --base and --set of fit"
+    if wanted == "required":
+        raise FileNotFoundError(
+            f"No cache {uri}: none was made for this base, dataset version and settings. Make it: {make}; or train a "
+            "new run without: --set data.cache=never"
+        )
+    print(f"No cache for this run: the encoders run in each step. To make one: {make}", flush=True)
+    return None
+
+
+def schema_of(facts: dict[str, Any], shapes: dict[str, Sequence[int]]) -> pa.Schema:
+    """Return the columns of a cache: `shapes` are those of TENSORS for one sample."""
+    number = pa.float16() if facts["dtype"] == "float16" else pa.float32()
+    return pa.schema(
+        [
+            pa.field("frame_id", pa.string(), nullable=False),
+            pa.field("mirrored", pa.bool_(), nullable=False),
+            *(pa.field(name, pa.list_(number, int(np.prod(shapes[name]))), nullable=False) for name in TENSORS),
+            pa.field("crc32", pa.uint32(), nullable=False),  # Lance has no checksums of its own
+        ],
+        metadata={_FACTS: json.dumps(facts), _SHAPES: json.dumps(shapes)},
+    )
+
+
+def checksum(frame_id: str, mirrored: bool, parts: Sequence[np.ndarray]) -> int:
+    """Return the CRC-32 of a row: whose it is, and the bytes of its tensors in the order of TENSORS."""
+    crc = zlib.crc32(f"{frame_id}/{int(mirrored)}".encode())
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+class Cache:
+    """The rows of a cache, read by index; no more than is asked for is in memory."""
+
+    def __init__(
+        self, uri: str, frame_ids: Sequence[str], *, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Open the cache of the samples `frame_ids`; text and image states are given in `dtype`. DamagedCache when it
+        has not their number of rows."""
+        self._table = lance.dataset(uri, metadata_cache_size_bytes=_LANCE_MEMORY, index_cache_size_bytes=_LANCE_MEMORY)
+        metadata = self._table.schema.metadata or {}
+        self._facts, self._shapes = json.loads(metadata[_FACTS]), json.loads(metadata[_SHAPES])
+        self._frame_ids, self._device, self._dtype = frame_ids, device, dtype
+        self._copies = 1 + self._facts["random_flip"]
+        rows, expected = self._table.count_rows(), len(frame_ids) * self._copies
+        if rows != expected:
+            raise DamagedCache(f"Cache {uri} has {rows} rows, not {expected}. {_remake(uri)}")
+
+    def read(self, indices: Sequence[int], flips: Sequence[bool]) -> list[Encoded]:
+        """Return the samples at `indices`, those of `flips` mirrored. DamagedCache naming a row that is not as it was
+        written."""
+        rows = [self._copies * i + flip for i, flip in zip(indices, flips, strict=True)]
+        try:
+            table = self._table.take(rows, columns=[*TENSORS, "crc32"])
+        except (OSError, ValueError) as error:
+            raise DamagedCache(
+                f"Cache {self._table.uri} cannot be read: {error}. {_remake(self._table.uri)}"
+            ) from error
+        tensors = [_rows(table[name], len(rows)) for name in TENSORS]
+        for i, flip, crc, *parts in zip(indices, flips, table["crc32"].to_pylist(), *tensors, strict=True):
+            if checksum(self._frame_ids[i], flip, parts) != crc:
+                raise DamagedCache(
+                    f"The row of sample {self._frame_ids[i]} in cache {self._table.uri} does not match its checksum. "
+                    f"{_remake(self._table.uri)}"
+                )
+        mean, std = (
+            self._shaped(name, array, torch.float32) for name, array in zip(TENSORS, tensors[:2], strict=False)
+        )
+        text, features = (
+            self._shaped(name, array, self._dtype) for name, array in zip(TENSORS[2:], tensors[2:], strict=True)
+        )
+        return [
+            Encoded(mean_4hw=mean[i], std_4hw=std[i], text_TC=text[i], features_NE=features[i])
+            for i in range(len(rows))
+        ]
+
+    def posterior(self, samples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation (B,4,h,w) of latents, fp32, unscaled."""
+        return self._stacked([s.mean_4hw for s in samples]), self._stacked([s.std_4hw for s in samples])
+
+    def texts(self, samples: Sequence[Encoded]) -> Tensor:
+        """Return text tokens (B,T,C)."""
+        return self._stacked([s.text_TC for s in samples])
+
+    def features(self, samples: Sequence[Encoded]) -> Tensor:
+        """Return image features (B,N,E)."""
+        return self._stacked([s.features_NE for s in samples])
+
+    def _shaped(self, name: str, array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """Return the tensor of a column in `dtype`: a copy, since Arrow's memory is read-only."""
+        copy = torch.from_numpy(array.astype(np.float32))
+        return copy.to(dtype).view(len(array), *self._shapes[name])
+
+    def _stacked(self, parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).to(self._device)
+
+
+def _rows(column: pa.ChunkedArray, count: int) -> np.ndarray:
+    """Return a column of fixed-size lists as an array (rows, size), without a copy."""
+    array = column.combine_chunks()
+    return array.flatten().to_numpy(zero_copy_only=True).reshape(count, -1)
+
+
+def _remake(uri: str) -> str:
+    return f"Remove the folder and make it again: rm -r {shlex.quote(uri)}, then python -m trainer cache as before."
+
+
+def _settings_hash(base: BaseFiles) -> str:
+    """Return sha256 over the small files that say how the encoders and the tokenizer work, with their names."""
+    folders = {
+        "vae": base.folder / "vae",
+        "text_encoder": base.folder / "text_encoder",
+        "tokenizer": base.folder / "tokenizer",
+        "image_encoder": base.image_encoder,
+        "image_processor": base.image_processor,
+    }
+    sums = [
+        f"{part}/{file.name} {sha256_file(file)}"
+        for part, folder in folders.items()
+        for kind in _SETTINGS
+        for file in sorted(folder.glob(kind))
+    ]
+    return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()

@@ -1,0 +1,219 @@
+"""Making a cache: actors of Ray Data encode samples a unit at a time, the driver commits the table once, at the end.
+
+Each unit's fragment is flushed and entered into `KEY.units/` beside the table; a killed run goes on with the units that
+are not there. Before the one commit there is no table at all, so that none is ever read in halves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import torch
+from lance.fragment import FragmentMetadata, write_fragments
+from torch import Tensor
+
+from factory.files import locked, make_folder, remove_halves, sync, write_atomic
+from factory.schema import STORAGE_VERSION
+from factory.session import ray_session
+from factory.stage import Progress
+from trainer.backbone import load_backbone
+from trainer.base import find_base
+from trainer.cache import TENSORS, cache_facts, checksum, exists, schema_of, uri_of
+from trainer.config import TrainerConfig
+from trainer.data import Samples
+from trainer.encoders import Encoders
+from trainer.loop import ENVIRONMENT, absolute_inputs
+from trainer.run import RunBusy
+
+BATCH = 16  # samples that the encoders see at once
+UNITS = 64  # of a small dataset; a larger one has units of UNIT samples
+UNIT = 256
+ATTEMPTS = 3  # for a unit whose actor dies
+
+
+def write_cache(config: TrainerConfig) -> dict[str, Any]:
+    """Make the cache that `fit` with the same settings trains on; return its uri, samples, rows and bytes.
+
+    The same call goes on where a killed one stopped, and does nothing where the cache is whole. Raises ValueError and
+    FileNotFoundError for what the user gave, RunBusy when another process makes this cache, RayError for lost actors.
+    """
+    config = absolute_inputs(config)
+    if "://" in config.data.root:
+        raise ValueError(f"--root {config.data.root}: a cache is written to local folders only. Give a path.")
+    samples = Samples(config.data, "train")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, version=samples.version))
+    base = find_base(config.pretrained_model_name_or_path, config.image_encoder)
+    facts = cache_facts(config, samples, base, base.hash())
+    uri = uri_of(config.data.root, facts)
+    if exists(uri):
+        print(f"Cache {uri} is whole. Nothing to do.", flush=True)
+    else:
+        units = Path(uri).with_suffix(".units")
+        try:
+            with locked(units, wait=False):
+                if not exists(uri):
+                    _write(config, facts, uri, units, len(samples))
+                shutil.rmtree(units)
+        except BlockingIOError:
+            raise RunBusy(f"Another process makes the cache {uri}. Wait for it.") from None
+    table = lance.dataset(uri)
+    size = sum(file.stat().st_size for file in Path(uri).rglob("*") if file.is_file())
+    return {"cache": uri, "samples": len(samples), "rows": table.count_rows(), "bytes": size}
+
+
+def _write(config: TrainerConfig, facts: dict[str, Any], uri: str, units: Path, count: int) -> None:
+    """Encode the units that are not done, then commit all of them in order."""
+    remove_halves(units)
+    make_folder(Path(uri) / "data")
+    ranges = _ranges(count)
+    done = {part: entry for part in ranges if (entry := _entry(units, part, uri))}
+    progress = Progress("cache", "units", len(ranges) - len(done), "samples", count - sum(b - a for a, b in done))
+    if done:
+        print(f"cache    goes on: {len(done)} of {len(ranges)} units are there", flush=True)
+    with ray_session(config.workers.num_workers * config.workers.cpus_per_worker + 1):
+        for start, end in _encoded([part for part in ranges if part not in done], config, facts, uri, units):
+            done[start, end] = _entry(units, (start, end), uri)
+            progress.step(end - start, rows=(end - start) * (1 + config.data.random_flip))
+    entries = [done[part] for part in ranges]
+    fragments = [FragmentMetadata.from_json(entry["fragment"]) for entry in entries]
+    kept = {file.path for fragment in fragments for file in fragment.files}
+    for stray in Path(uri, "data").iterdir():  # of a worker that was killed while it wrote
+        if stray.name not in kept:
+            stray.unlink()
+    operation = lance.LanceOperation.Overwrite(schema_of(facts, entries[0]["shapes"]), fragments)
+    lance.LanceDataset.commit(uri, operation)
+    sync(sorted(Path(uri).rglob("*.manifest")), top=Path(uri).parent)
+
+
+def _ranges(count: int) -> list[tuple[int, int]]:
+    """Return the units of `count` samples: first sample, and one after the last."""
+    size = max(BATCH, min(UNIT, -(-count // UNITS)))
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _entry_file(units: Path, part: tuple[int, int]) -> Path:
+    return units / f"{part[0]}-{part[1]}.json"
+
+
+def _entry(units: Path, part: tuple[int, int], uri: str) -> dict[str, Any] | None:
+    """Return the entry of a unit that was written; None where it is not there, or its file is not as it was."""
+    file = _entry_file(units, part)
+    if not file.exists():
+        return None
+    entry = json.loads(file.read_text())
+    sizes = {name: path.stat().st_size for name in entry["files"] if (path := Path(uri, "data", name)).exists()}
+    return entry if sizes == entry["files"] else None
+
+
+def _encoded(
+    parts: list[tuple[int, int]], config: TrainerConfig, facts: dict[str, Any], uri: str, units: Path
+) -> Iterator[tuple[int, int]]:
+    """Yield the units of `parts` as actors have written them, each with a copy of the encoders."""
+    import ray.data
+    from ray.exceptions import RayTaskError
+
+    if not parts:
+        return
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False  # Progress prints
+    context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        rows = ray.data.from_items([{"start": a, "end": b} for a, b in parts], override_num_blocks=len(parts))
+        written = rows.map(
+            EncodeUnit,  # type: ignore[arg-type]
+            fn_constructor_args=(config, facts, uri, units),
+            compute=ray.data.ActorPoolStrategy(size=config.workers.num_workers),
+            num_cpus=config.workers.cpus_per_worker,
+            num_gpus=1 if config.workers.use_gpu else 0,
+            runtime_env={"env_vars": ENVIRONMENT},
+            max_restarts=ATTEMPTS - 1,
+            max_task_retries=ATTEMPTS - 1,
+        )
+    try:
+        for row in written.iter_rows():
+            yield row["start"], row["end"]
+    except RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+
+
+class EncodeUnit:
+    """A range of samples -> their rows, in a fragment that no table has yet, and its entry in the folder of units."""
+
+    def __init__(self, config: TrainerConfig, facts: dict[str, Any], uri: str, units: Path) -> None:
+        torch.set_num_threads(config.workers.num_threads)
+        base = load_backbone(
+            config.pretrained_model_name_or_path,
+            image_encoder=config.image_encoder,
+            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+            device="cuda" if config.workers.use_gpu else "cpu",
+        )
+        self._samples = Samples(config.data, "train")
+        self._encoders = Encoders(base, self._samples)
+        self._facts, self._uri, self._units = facts, uri, units
+        self._dtype = np.dtype(config.data.cache_dtype)
+        self._flips = (False, True) if config.data.random_flip else (False,)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part = (int(row["start"]), int(row["end"]))
+        if _entry(self._units, part, self._uri):  # tried again after its actor died
+            return row
+        batches = self._batches(*part)
+        first, shapes = next(batches)
+        schema = schema_of(self._facts, shapes)
+
+        def records() -> Iterator[pa.RecordBatch]:
+            yield pa.RecordBatch.from_arrays(first, schema=schema)
+            for columns, _ in batches:
+                yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+        (fragment,) = write_fragments(
+            pa.RecordBatchReader.from_batches(schema, records()),
+            self._uri,
+            schema=schema,
+            mode="create",
+            data_storage_version=STORAGE_VERSION,
+            max_rows_per_file=1 << 30,
+            max_bytes_per_file=1 << 50,
+        )
+        files = [Path(self._uri, "data", file.path) for file in fragment.files]
+        sync(files, top=Path(self._uri))
+        sizes = {file.name: file.stat().st_size for file in files}
+        entry = {"fragment": json.dumps(fragment.to_json()), "files": sizes, "shapes": shapes}
+        write_atomic(_entry_file(self._units, part), json.dumps(entry))
+        return row
+
+    def _batches(self, start: int, end: int) -> Iterator[tuple[list[pa.Array], dict[str, list[int]]]]:
+        """Yield the columns of a few samples, and the shapes of their tensors: each as it is, then its mirror image."""
+        for at in range(start, end, BATCH):
+            indices = [i for i in range(at, min(at + BATCH, end)) for _ in self._flips]
+            flips = [*self._flips] * (len(indices) // len(self._flips))
+            samples = self._encoders.read(indices, flips)
+            mean, std = self._encoders.posterior(samples)
+            tensors = (mean, std, self._encoders.texts(samples), self._encoders.features(samples))
+            arrays = [self._stored(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)]
+            names = [self._samples.frame_ids[i] for i in indices]
+            sums = [checksum(*row[:2], row[2:]) for row in zip(names, flips, *arrays, strict=True)]
+            lists = [pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1]) for array in arrays]
+            columns = [pa.array(names), pa.array(flips), *lists, pa.array(sums, pa.uint32())]
+            yield columns, {name: list(tensor.shape[1:]) for name, tensor in zip(TENSORS, tensors, strict=True)}
+
+    def _stored(self, name: str, tensor: Tensor) -> np.ndarray:
+        """Return a tensor (B,...) as rows (B,n) in the cache's numbers. ValueError where they can't hold a value."""
+        array = tensor.float().cpu().numpy().reshape(len(tensor), -1)
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(array.astype(self._dtype))
+        if not np.isfinite(stored).all():
+            reach = np.abs(array).max()
+            raise ValueError(
+                f"The encoders gave {name} of up to {reach}, which {self._dtype} can't hold. "
+                "Make the cache, and train, with --set data.cache_dtype=float32."
+            )
+        return stored
