@@ -168,8 +168,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=style,
         description="Write latents (mean and standard deviation), text states and image features of all training "
         "samples, and of their mirror images with data.random_flip, to ROOT/caches/KEY.lance. KEY is a hash of base, "
-        "dataset version and settings: `fit` with the same ones finds the cache by itself (data.cache=auto), or refuses "
-        "to train without it (required). A command that was stopped goes on. A cache can be removed at any time.",
+        "dataset version and settings: `fit` with the same ones finds the cache by itself (data.cache=auto), or "
+        "refuses to train without it (required). A command that was stopped goes on. A cache may be removed any time.",
         epilog=CACHE_EXAMPLES,
     )
     _add_settings(verb)

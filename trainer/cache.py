@@ -1,6 +1,6 @@
 """The cache: what the frozen encoders make of each training sample, computed once and read by index from then on.
 
-`ROOT/caches/KEY.lance` has a row per sample, in the order of `Samples`, and one more after it for its mirror image where
+`ROOT/caches/KEY.lance` has a row per sample, in the order of `Samples`, and after it one for its mirror image where
 `data.random_flip` asks for it. KEY is a hash of all that the rows depend on, so a cache of other weights, data or
 settings is not found. The table is there when it is whole: cache_writer.py commits it once, at its end.
 
@@ -45,10 +45,10 @@ class DamagedCache(ValueError):
 class Encoded:
     """A sample as the encoders left it."""
 
-    mean_4hw: Tensor  # of its latents, fp32, unscaled
-    std_4hw: Tensor
-    text_TC: Tensor
-    features_NE: Tensor
+    mean: Tensor  # (4,h,w) of its latents, fp32, unscaled
+    std: Tensor  # (4,h,w)
+    text: Tensor  # (T,C)
+    features: Tensor  # (N,E) of the reference
 
 
 def cache_facts(config: TrainerConfig, samples: Samples, base: BaseFiles, base_hash: str) -> dict[str, Any]:
@@ -169,28 +169,21 @@ class Cache:
                     f"The row of sample {self._frame_ids[i]} in cache {self._table.uri} does not match its checksum. "
                     f"{_remake(self._table.uri)}"
                 )
-        mean, std = (
-            self._shaped(name, array, torch.float32) for name, array in zip(TENSORS, tensors[:2], strict=False)
-        )
-        text, features = (
-            self._shaped(name, array, self._dtype) for name, array in zip(TENSORS[2:], tensors[2:], strict=True)
-        )
-        return [
-            Encoded(mean_4hw=mean[i], std_4hw=std[i], text_TC=text[i], features_NE=features[i])
-            for i in range(len(rows))
-        ]
+        dtypes = (torch.float32, torch.float32, self._dtype, self._dtype)
+        columns = [self._shaped(*part) for part in zip(TENSORS, tensors, dtypes, strict=True)]
+        return [Encoded(**dict(zip(TENSORS, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def posterior(self, samples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (B,4,h,w) of latents, fp32, unscaled."""
-        return self._stacked([s.mean_4hw for s in samples]), self._stacked([s.std_4hw for s in samples])
+        return self._stacked([s.mean for s in samples]), self._stacked([s.std for s in samples])
 
     def texts(self, samples: Sequence[Encoded]) -> Tensor:
         """Return text tokens (B,T,C)."""
-        return self._stacked([s.text_TC for s in samples])
+        return self._stacked([s.text for s in samples])
 
     def features(self, samples: Sequence[Encoded]) -> Tensor:
         """Return image features (B,N,E)."""
-        return self._stacked([s.features_NE for s in samples])
+        return self._stacked([s.features for s in samples])
 
     def _shaped(self, name: str, array: np.ndarray, dtype: torch.dtype) -> Tensor:
         """Return the tensor of a column in `dtype`: a copy, since Arrow's memory is read-only."""

@@ -53,10 +53,11 @@ def write_cache(config: TrainerConfig) -> dict[str, Any]:
     base = find_base(config.pretrained_model_name_or_path, config.image_encoder)
     facts = cache_facts(config, samples, base, base.hash())
     uri = uri_of(config.data.root, facts)
+    units = Path(uri).with_suffix(".units")
     if exists(uri):
+        shutil.rmtree(units, ignore_errors=True)
         print(f"Cache {uri} is whole. Nothing to do.", flush=True)
     else:
-        units = Path(uri).with_suffix(".units")
         try:
             with locked(units, wait=False):
                 if not exists(uri):
@@ -197,7 +198,8 @@ class EncodeUnit:
             flips = [*self._flips] * (len(indices) // len(self._flips))
             samples = self._encoders.read(indices, flips)
             mean, std = self._encoders.posterior(samples)
-            tensors = (mean, std, self._encoders.texts(samples), self._encoders.features(samples))
+            text = self._encoders.texts(samples[:: len(self._flips)]).repeat_interleave(len(self._flips), 0)
+            tensors = (mean, std, text, self._encoders.features(samples))
             arrays = [self._stored(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)]
             names = [self._samples.frame_ids[i] for i in indices]
             sums = [checksum(*row[:2], row[2:]) for row in zip(names, flips, *arrays, strict=True)]

@@ -1,4 +1,4 @@
-"""What the frozen encoders make of samples, computed when it is asked for. trainer/cache.py reads the same from a table.
+"""What the frozen encoders make of samples, computed when it is asked for; trainer/cache.py reads it from a table.
 
 Shape suffixes: B batch, h and w latents, T text tokens, C text width, N image patches + CLS, E vision width.
 """

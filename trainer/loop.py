@@ -25,7 +25,6 @@ from trainer.config import TrainerConfig
 from trainer.data import FITTING, Samples
 from trainer.run import Run, code_version
 
-
 ENVIRONMENT = {  # of processes that load models
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",  # bars of model loading
