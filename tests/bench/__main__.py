@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,14 @@ def main(names: list[str]) -> int:
     from tests.bench.cuts_live import cuts_live
     from tests.bench.decoding import decoding
     from tests.bench.duplicates import duplicates
+    from tests.bench.reading import reading
     from tests.bench.sampling import sampling
     from tests.bench.sketching import sketching
     from tests.bench.text import text
+    from tests.bench.training import training
 
     speeds = {"decoding": decoding, "cores": cores, "sampling": sampling, "sketching": sketching}
+    speeds |= {"reading": reading, "training": training}
     finds = {"duplicates": duplicates, "text": text, "cuts": cuts, "cuts-live": cuts_live}
     unknown = set(names) - {*speeds, *finds}
     if unknown:
@@ -45,7 +48,7 @@ def main(names: list[str]) -> int:
     return 0
 
 
-def _print_speeds(tables: list[Callable[[Path], list[Comparison]]]) -> None:
+def _print_speeds(tables: list[Callable[[Path], Iterable[Comparison]]]) -> None:
     """Print what is measured in time, as one table."""
     import torch
 
