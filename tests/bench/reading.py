@@ -117,7 +117,7 @@ def _cache_rows(
 
 
 def _parquet(folder: Path, rows: list[bytes], rng: np.random.Generator) -> tuple[Read, str]:
-    """Return the fastest way to read Parquet, and its name: rows per group, memory map or not."""
+    """Return the fastest way to read Parquet, and its name: rows per group, memory map, threads."""
     folder.mkdir()
     table = pa.table({"data": pa.array(rows, pa.large_binary())})
     ways: dict[str, Read] = {}
@@ -133,20 +133,20 @@ def _parquet(folder: Path, rows: list[bytes], rng: np.random.Generator) -> tuple
             write_page_index=True,
             data_page_size=64 << 10,
         )
-        for mapped in (False, True):
+        for mapped, threads in itertools.product((False, True), repeat=2):
             source = pq.ParquetFile(file, memory_map=mapped, pre_buffer=False)
-            name = f"row groups of {size}, page index{', memory map' if mapped else ''}"
-            ways[name] = _of_groups(source, size)
+            name = f"groups of {size}{', memory map' if mapped else ''}{', threads' if threads else ''}"
+            ways[name] = _of_groups(source, size, threads)
     batches = [rng.permutation(len(rows))[:BATCH].tolist() for _ in range(8)]
     seconds = {name: _seconds(read, batches, rows) for name, read in ways.items()}
     best = min(seconds, key=seconds.__getitem__)
     return ways[best], best
 
 
-def _of_groups(source: pq.ParquetFile, size: int) -> Read:
+def _of_groups(source: pq.ParquetFile, size: int, threads: bool) -> Read:
     def read(batch: Sequence[int]) -> list[bytes]:
         groups = sorted({i // size for i in batch})
-        data = source.read_row_groups(groups, columns=["data"], use_threads=False)["data"].combine_chunks()
+        data = source.read_row_groups(groups, columns=["data"], use_threads=threads)["data"].combine_chunks()
         place = {group: number * size for number, group in enumerate(groups)}
         return [data[place[i // size] + i % size].as_py() for i in batch]
 

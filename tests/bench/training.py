@@ -103,7 +103,8 @@ class Ranks:
     def _run(self, side: str) -> tuple[float, list[float], int]:
         for _, pipe in self._ranks:
             pipe.send(side)
-        return [pipe.recv() for _, pipe in self._ranks][0]
+        first, *_ = [pipe.recv() for _, pipe in self._ranks]
+        return first
 
 
 def _rank(rank: int, pipe: Any, config: TrainerConfig, cache: str, folder: Path) -> None:
