@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,10 @@ from factory.files import locked, make_folder, remove_halves, sync, write_atomic
 from factory.schema import STORAGE_VERSION
 from factory.session import ray_session
 from factory.stage import Progress
-from trainer.backbone import load_backbone
 from trainer.base import find_base
 from trainer.cache import TENSORS, cache_facts, checksum, exists, schema_of, uri_of
 from trainer.config import TrainerConfig
 from trainer.data import Samples
-from trainer.encoders import Encoders
 from trainer.loop import ENVIRONMENT, absolute_inputs
 from trainer.run import RunBusy
 
@@ -120,6 +119,7 @@ def _encoded(
     """Yield the units of `parts` as actors have written them, each with a copy of the encoders."""
     import ray.data
     from ray.exceptions import RayTaskError
+    from ray.util.annotations import RayDeprecationWarning
 
     if not parts:
         return
@@ -128,16 +128,18 @@ def _encoded(
     context.print_on_execution_start = False
     with ray.data.DataContext.current(context):
         rows = ray.data.from_items([{"start": a, "end": b} for a, b in parts], override_num_blocks=len(parts))
-        written = rows.map(
-            EncodeUnit,  # type: ignore[arg-type]
-            fn_constructor_args=(config, facts, uri, units),
-            compute=ray.data.ActorPoolStrategy(size=config.workers.num_workers),
-            num_cpus=config.workers.cpus_per_worker,
-            num_gpus=1 if config.workers.use_gpu else 0,
-            runtime_env={"env_vars": ENVIRONMENT},
-            max_restarts=ATTEMPTS - 1,
-            max_task_retries=ATTEMPTS - 1,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # ray 2.60 has no other way to bound the attempts
+            written = rows.map(
+                EncodeUnit,  # type: ignore[arg-type]
+                fn_constructor_args=(config, facts, uri, units),
+                compute=ray.data.ActorPoolStrategy(size=min(config.workers.num_workers, len(parts))),
+                num_cpus=config.workers.cpus_per_worker,
+                num_gpus=1 if config.workers.use_gpu else 0,
+                runtime_env={"env_vars": ENVIRONMENT | ({} if config.workers.use_gpu else {"DS_ACCELERATOR": "cpu"})},
+                max_restarts=ATTEMPTS - 1,
+                max_task_retries=ATTEMPTS - 1,
+            )
     try:
         for row in written.iter_rows():
             yield row["start"], row["end"]
@@ -149,6 +151,9 @@ class EncodeUnit:
     """A range of samples -> their rows, in a fragment that no table has yet, and its entry in the folder of units."""
 
     def __init__(self, config: TrainerConfig, facts: dict[str, Any], uri: str, units: Path) -> None:
+        from trainer.backbone import load_backbone  # loads the model libraries, which only actors need
+        from trainer.encoders import Encoders
+
         torch.set_num_threads(config.workers.num_threads)
         base = load_backbone(
             config.pretrained_model_name_or_path,
