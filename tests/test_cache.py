@@ -121,8 +121,12 @@ def test_a_run_on_a_cache_has_the_losses_of_one_with_encoders(cache: str, config
     assert done.returncode == 0, done.stderr
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert len(set(losses["online"])) == len(losses["online"]) == 2 + 6
-    assert np.abs(np.subtract(losses["float16"], losses["online"])).max() < 1e-4
-    assert np.abs(np.subtract(losses["float32"], losses["online"])).max() < 1e-6
+    apart = {name: np.abs(np.subtract(losses[name], losses["online"])) for name in caches}
+    assert apart["float16"][2:].max() < 5e-5
+    assert apart["float32"][2:].max() < 1e-6
+    aligned = np.array(losses["online"][:2])  # tens, in units of a small variance
+    assert (apart["float16"][:2] < 3e-3 * aligned).all()
+    assert (apart["float32"][:2] < 1e-5 * aligned).all()
 
 
 def test_a_run_takes_the_cache_that_is_there_and_goes_on_as_it_began(

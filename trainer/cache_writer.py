@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,11 +141,11 @@ def _encoded(
                 max_restarts=ATTEMPTS - 1,
                 max_task_retries=ATTEMPTS - 1,
             )
-    try:
-        for row in written.iter_rows():
-            yield row["start"], row["end"]
-    except RayTaskError as error:
-        raise error.as_instanceof_cause() from None
+    for row in written.iter_rows():
+        if row["raised"]:
+            error = RayTaskError.from_bytes(row["raised"])
+            raise error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+        yield row["start"], row["end"]
 
 
 class EncodeUnit:
@@ -168,9 +169,17 @@ class EncodeUnit:
         self._flips = (False, True) if config.data.random_flip else (False,)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        from ray.exceptions import RayTaskError
+
         part = (int(row["start"]), int(row["end"]))
-        if _entry(self._units, part, self._uri):  # tried again after its actor died
-            return row
+        try:
+            if not _entry(self._units, part, self._uri):  # it may be there when its actor died
+                self._write(part)
+        except Exception as error:  # Ray Data would wrap it in one of its own
+            return row | {"raised": RayTaskError("EncodeUnit", traceback.format_exc(), error).to_bytes()}
+        return row | {"raised": b""}
+
+    def _write(self, part: tuple[int, int]) -> None:
         batches = self._batches(*part)
         first, shapes = next(batches)
         schema = schema_of(self._facts, shapes)
@@ -194,7 +203,6 @@ class EncodeUnit:
         sizes = {file.name: file.stat().st_size for file in files}
         entry = {"fragment": json.dumps(fragment.to_json()), "files": sizes, "shapes": shapes}
         write_atomic(_entry_file(self._units, part), json.dumps(entry))
-        return row
 
     def _batches(self, start: int, end: int) -> Iterator[tuple[list[pa.Array], dict[str, list[int]]]]:
         """Yield the columns of a few samples, and the shapes of their tensors: each as it is, then its mirror image."""
