@@ -11,7 +11,7 @@ import json
 import shutil
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from trainer.loop import ENVIRONMENT, absolute_inputs
 from trainer.run import RunBusy
 
 BATCH = 16  # samples that the encoders see at once
-UNITS = 64  # of a small dataset; a larger one has units of UNIT samples
-UNIT = 256
+UNITS = 16  # at least, of a large dataset: a batch is read out of so many files, and fewer are faster
+UNIT = 1024  # samples of a unit at most: what a crash costs an actor
 ATTEMPTS = 3  # for a unit whose actor dies
 
 
@@ -74,16 +74,16 @@ def _write(config: TrainerConfig, facts: dict[str, Any], uri: str, units: Path, 
     """Encode the units that are not done, then commit all of them in order."""
     remove_halves(units)
     make_folder(Path(uri) / "data")
-    ranges = _ranges(count)
-    done = {part: entry for part in ranges if (entry := _entry(units, part, uri))}
-    progress = Progress("cache", "units", len(ranges) - len(done), "samples", count - sum(b - a for a, b in done))
+    done = {part: entry for part in _entered(units) if (entry := _entry(units, part, uri))}
+    missing = _missing(done, count, _unit_size(count, config.workers.num_workers))
     if done:
-        print(f"cache    goes on: {len(done)} of {len(ranges)} units are there", flush=True)
+        print(f"cache    goes on: {sum(b - a for a, b in done):,} of {count:,} samples are there", flush=True)
+    progress = Progress("cache", "units", len(missing), "samples", sum(b - a for a, b in missing))
     with ray_session(config.workers.num_workers * config.workers.cpus_per_worker + 1):
-        for start, end in _encoded([part for part in ranges if part not in done], config, facts, uri, units):
+        for start, end in _encoded(missing, config, facts, uri, units):
             done[start, end] = _entry(units, (start, end), uri)
             progress.step(end - start, rows=(end - start) * (1 + config.data.random_flip))
-    entries = [done[part] for part in ranges]
+    entries = [done[part] for part in sorted(done)]
     fragments = [FragmentMetadata.from_json(entry["fragment"]) for entry in entries]
     kept = {file.path for fragment in fragments for file in fragment.files}
     for stray in Path(uri, "data").iterdir():  # of a worker that was killed while it wrote
@@ -94,10 +94,27 @@ def _write(config: TrainerConfig, facts: dict[str, Any], uri: str, units: Path, 
     sync(sorted(Path(uri).rglob("*.manifest")), top=Path(uri).parent)
 
 
-def _ranges(count: int) -> list[tuple[int, int]]:
-    """Return the units of `count` samples: first sample, and one after the last."""
-    size = max(BATCH, min(UNIT, -(-count // UNITS)))
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+def _unit_size(count: int, num_workers: int) -> int:
+    """Return the samples of a unit: few units, but some for each actor."""
+    return max(BATCH, min(UNIT, -(-count // max(UNITS, 4 * num_workers))))
+
+
+def _missing(done: Iterable[tuple[int, int]], count: int, size: int) -> list[tuple[int, int]]:
+    """Return what `done` leaves of `count` samples, in units of at most `size`: first sample, and one after the last.
+
+    Units that are there may have another size: they were made for another number of actors.
+    """
+    missing, at = [], 0
+    for start, end in [*sorted(done), (count, count)]:
+        missing += [(first, min(first + size, start)) for first in range(at, start, size)]
+        at = end
+    return missing
+
+
+def _entered(units: Path) -> list[tuple[int, int]]:
+    """Return the units that have an entry."""
+    names = [file.stem.split("-") for file in units.glob("*.json")]
+    return [(int(start), int(end)) for start, end in names]
 
 
 def _entry_file(units: Path, part: tuple[int, int]) -> Path:
@@ -213,18 +230,20 @@ class EncodeUnit:
             mean, std = self._encoders.posterior(samples)
             text = self._encoders.texts(samples[:: len(self._flips)]).repeat_interleave(len(self._flips), 0)
             tensors = (mean, std, text, self._encoders.features(samples))
-            arrays = [self._stored(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)]
+            stored = [self._stored(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)]
+            numbers = np.concatenate(stored, axis=1)
             names = [self._samples.frame_ids[i] for i in indices]
-            sums = [checksum(*row[:2], row[2:]) for row in zip(names, flips, *arrays, strict=True)]
-            lists = [pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1]) for array in arrays]
-            columns = [pa.array(names), pa.array(flips), *lists, pa.array(sums, pa.uint32())]
+            sums = [checksum(*row) for row in zip(names, flips, numbers, strict=True)]
+            binary, buffer = pa.binary(numbers[0].nbytes), pa.py_buffer(numbers)
+            values = pa.FixedSizeBinaryArray.from_buffers(binary, len(numbers), [None, buffer])
+            columns = [pa.array(names), pa.array(flips), values, pa.array(sums, pa.uint32())]
             yield columns, {name: list(tensor.shape[1:]) for name, tensor in zip(TENSORS, tensors, strict=True)}
 
     def _stored(self, name: str, tensor: Tensor) -> np.ndarray:
         """Return a tensor (B,...) as rows (B,n) in the cache's numbers. ValueError where they can't hold a value."""
         array = tensor.float().cpu().numpy().reshape(len(tensor), -1)
         with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(array.astype(self._dtype))
+            stored = array.astype(self._dtype)
         if not np.isfinite(stored).all():
             reach = np.abs(array).max()
             raise ValueError(
