@@ -1,7 +1,8 @@
 """The training read: batches of rows at random, out of Lance, out of tuned Parquet, and out of a folder of files.
 
 The same bytes on all sides: pictures as the encoders read them (blobs), and rows of a cache, of the micro base and of
-SD v1.5. Cold: the kernel's pages of all files are dropped before each round. Nothing is decoded.
+SD v1.5. Cold: the kernel's pages of all files are dropped before each round. Nothing is decoded. Parquet is written
+without compression and with a page index, and read with memory map and threads or without, whichever is the fastest.
 """
 
 from __future__ import annotations
@@ -19,27 +20,29 @@ import pyarrow.parquet as pq
 
 from factory.schema import STORAGE_VERSION
 from tests.bench.harness import Comparison, compare
+from trainer.cache_writer import UNITS
 
 Read = Callable[[Sequence[int]], list[bytes]]
 BATCH = 16  # rows that are asked for at once
 BATCHES = 12  # of a round; no row comes twice in one
 ROUNDS = 5
 PICTURES = 2000  # training sketches, 20 to 140 kB each
-ROWS = ((3000, (1024, 1024, 77 * 128, 65 * 128)), (250, (16384, 16384, 77 * 768, 257 * 1280)))  # float16 numbers
+ROWS = ((3200, 2 * 1024 + (77 + 65) * 128), (256, 2 * 16384 + 77 * 768 + 257 * 1280))  # count, float16 numbers in each
+GROUPS = (16, 1)  # rows of a Parquet row group; with 1 the footer, read whole at opening, describes each row
 
 
 def reading(folder: Path) -> Iterator[Comparison]:
     """Yield the comparisons, in rows/s: Lance against Parquet and files, warm and cold."""
     rng = np.random.default_rng(0)
-    yield from _compared("pictures, mean 80 kB", *_pictures(folder / "pictures", rng), rng)
-    for number, (count, sizes) in enumerate(ROWS):
-        words = f"cache rows of {2 * sum(sizes) / 1e3:,.0f} kB"
-        yield from _compared(words, *_cache_rows(folder / f"rows{number}", count, sizes, rng), rng)
+    yield from _compared("pictures of 80 kB", *_pictures(folder / "pictures", rng), rng)
+    for count, numbers in ROWS:
+        words = f"cache rows of {2 * numbers / 1e3:,.0f} kB"
+        yield from _compared(words, *_cache_rows(folder / str(numbers), count, numbers, rng), rng)
 
 
 def _compared(what: str, folder: Path, rows: list[bytes], ours: Read, rng: np.random.Generator) -> Iterator[Comparison]:
-    parquet, words = _parquet(folder / "parquet", rows, rng)
-    peers = {f"Parquet ({words})": parquet, "a folder of files": _files(folder / "files", rows)}
+    peers = dict(_parquet(folder / "parquet", rows, size, rng) for size in GROUPS)
+    peers["a folder of files"] = _files(folder / "files", rows)
     for peer, cold in itertools.product(peers, (False, True)):
         order = _Order(len(rows), rng)
         yield compare(
@@ -96,51 +99,42 @@ def _pictures(folder: Path, rng: np.random.Generator) -> tuple[Path, list[bytes]
     return _checked(folder, rows, read)
 
 
-def _cache_rows(
-    folder: Path, count: int, sizes: tuple[int, ...], rng: np.random.Generator
-) -> tuple[Path, list[bytes], Read]:
-    columns = [rng.standard_normal((count, size), dtype=np.float32).astype(np.float16) for size in sizes]
-    rows = [b"".join(column[i].tobytes() for column in columns) for i in range(count)]
-    names = [f"c{i}" for i in range(len(sizes))]
-    lists = [pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), column.shape[1]) for column in columns]
+def _cache_rows(folder: Path, count: int, numbers: int, rng: np.random.Generator) -> tuple[Path, list[bytes], Read]:
+    rows = [rng.bytes(2 * numbers) for _ in range(count)]
     uri = str(folder / "table.lance")
-    table = pa.Table.from_arrays(lists, names=names)
-    lance.write_dataset(table, uri, data_storage_version=STORAGE_VERSION, max_rows_per_file=256)
+    table = pa.table({"numbers": pa.array(rows, pa.binary(2 * numbers))})
+    lance.write_dataset(table, uri, data_storage_version=STORAGE_VERSION, max_rows_per_file=-(-count // UNITS))
     dataset = lance.dataset(uri)
 
     def read(batch: Sequence[int]) -> list[bytes]:
-        found = dataset.take(list(batch), columns=names)
-        arrays = [found[name].combine_chunks().flatten().to_numpy().reshape(len(batch), -1) for name in names]
-        return [b"".join(array[i].tobytes() for array in arrays) for i in range(len(batch))]
+        return dataset.take(list(batch), columns=["numbers"])["numbers"].to_pylist()
 
     return _checked(folder, rows, read)
 
 
-def _parquet(folder: Path, rows: list[bytes], rng: np.random.Generator) -> tuple[Read, str]:
-    """Return the fastest way to read Parquet, and its name: rows per group, memory map, threads."""
-    folder.mkdir()
-    table = pa.table({"data": pa.array(rows, pa.large_binary())})
+def _parquet(folder: Path, rows: list[bytes], size: int, rng: np.random.Generator) -> tuple[str, Read]:
+    """Return the fastest way to read Parquet with row groups of `size`, and its name: memory map, threads."""
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{size}.parquet"
+    pq.write_table(
+        pa.table({"data": pa.array(rows, pa.large_binary())}),
+        file,
+        row_group_size=size,
+        compression="NONE",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_index=True,
+        data_page_size=64 << 10,
+    )
     ways: dict[str, Read] = {}
-    for size in (1, 4, 16):
-        file = folder / f"{size}.parquet"
-        pq.write_table(
-            table,
-            file,
-            row_group_size=size,
-            compression="NONE",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_index=True,
-            data_page_size=64 << 10,
-        )
-        for mapped, threads in itertools.product((False, True), repeat=2):
-            source = pq.ParquetFile(file, memory_map=mapped, pre_buffer=False)
-            name = f"groups of {size}{', memory map' if mapped else ''}{', threads' if threads else ''}"
-            ways[name] = _of_groups(source, size, threads)
+    for mapped, threads in itertools.product((False, True), repeat=2):
+        source = pq.ParquetFile(file, memory_map=mapped, pre_buffer=False)
+        name = f"Parquet, groups of {size}{', memory map' if mapped else ''}{', threads' if threads else ''}"
+        ways[name] = _of_groups(source, size, threads)
     batches = [rng.permutation(len(rows))[:BATCH].tolist() for _ in range(8)]
     seconds = {name: _seconds(read, batches, rows) for name, read in ways.items()}
     best = min(seconds, key=seconds.__getitem__)
-    return ways[best], best
+    return best, ways[best]
 
 
 def _of_groups(source: pq.ParquetFile, size: int, threads: bool) -> Read:
@@ -155,9 +149,15 @@ def _of_groups(source: pq.ParquetFile, size: int, threads: bool) -> Read:
 
 def _files(folder: Path, rows: list[bytes]) -> Read:
     folder.mkdir()
-    for i, data in enumerate(rows):
-        (folder / f"{i:06d}").write_bytes(data)
-    return lambda batch: [(folder / f"{i:06d}").read_bytes() for i in batch]
+    names = [f"{folder}/{i:06d}" for i in range(len(rows))]
+    for name, data in zip(names, rows, strict=True):
+        Path(name).write_bytes(data)
+
+    def one(name: str) -> bytes:
+        with open(name, "rb", buffering=0) as file:
+            return file.read()
+
+    return lambda batch: [one(names[i]) for i in batch]
 
 
 def _checked(folder: Path, rows: list[bytes], read: Read) -> tuple[Path, list[bytes], Read]:

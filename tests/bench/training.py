@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import time
@@ -23,14 +24,14 @@ from trainer.config import DataConfig, TrainerConfig, WorkersConfig
 WORKERS = 2
 STEPS = 6  # of a side's turn
 ROUNDS = 5
-DRAWINGS = 192
+DRAWINGS = 128
 
 
 def training(folder: Path) -> Iterator[Comparison]:
     """Yield the comparisons, in samples/s of both workers together, and the share of step time that waits for data."""
     from trainer.cache_writer import write_cache
 
-    root = write_drawings(folder / "root", folder / "files", DRAWINGS)
+    root = write_drawings(folder / "root", folder / "1080p", folder / "1024px", DRAWINGS)
     config = TrainerConfig(
         pretrained_model_name_or_path="animesketch/micro",
         data=DataConfig(root=root, resolution=64),  # the drop rates are the recipe's
@@ -48,13 +49,15 @@ def training(folder: Path) -> Iterator[Comparison]:
         assert all(abs(a - b) < 1e-3 for side in losses.values() for a, b in zip(side, losses["cached"], strict=True))
         yield against("training on a cache / encoders in each step", "cached", "online")
         yield against("DeepSpeed ZeRO-1 / plain DDP, both on a cache", "cached", "ddp")
-        alone = {side: _speed(ranks.turn(side)) for side in ("plain-0", "plain-1")}
-        plain = max(alone, key=alone.__getitem__)  # the faster one
-        ranks.waits.clear()
-        yield against(f"training on a cache / plain loop, DataLoader with {plain[-1]} workers", "cached", plain)
-        waits = {side: [100 * share for share in ranks.waits[side][1:]] for side in ("cached", plain)}
-        title = "waiting for data, on a cache / plain loop (less is better)"
-        yield Comparison(title=title, unit="% of step time", ours=waits["cached"], peer=waits[plain])
+        for size in ("1080p", "1024px"):
+            alone = {side: _speed(ranks.turn(side)) for side in (f"{size}-0", f"{size}-1")}
+            plain = max(alone, key=alone.__getitem__)  # the faster one
+            ranks.waits.clear()
+            words = f"a plain loop over sketches of {size}, DataLoader with {plain[-1]} workers"
+            yield against(f"training on a cache / {words}", "cached", plain)
+            waits = {side: [100 * share for share in ranks.waits[side][1:]] for side in ("cached", plain)}
+            title = "share of step time that waits for data, ours / that loop (less is better)"
+            yield Comparison(title=title, unit="%", ours=waits["cached"], peer=waits[plain])
 
 
 def _speed(turn: Callable[[], int]) -> float:
@@ -110,11 +113,13 @@ class Ranks:
 def _rank(rank: int, pipe: Any, config: TrainerConfig, cache: str, folder: Path) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS)}
     import logging
+    import warnings
 
     import torch
     import torch.distributed as dist
 
     logging.disable(logging.INFO)  # DeepSpeed's
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=WORKERS)
     from tests.bench.plain_training import PlainDdp, PlainLoop
@@ -129,8 +134,8 @@ def _rank(rank: int, pipe: Any, config: TrainerConfig, cache: str, folder: Path)
     engine, workers._engine = workers._engine, PlainDdp
     sides["ddp"] = ours("ddp", cache)
     workers._engine = engine
-    for loaders in (0, 1):
-        sides[f"plain-{loaders}"] = PlainLoop(config, folder / "files", num_workers=loaders)
+    for size, loaders in itertools.product(("1080p", "1024px"), (0, 1)):
+        sides[f"{size}-{loaders}"] = PlainLoop(config, folder / size, num_workers=loaders)
     step: dict[str, int] = defaultdict(int)
     while (name := pipe.recv()) is not None:
         side = sides[name]
