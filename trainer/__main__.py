@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from factory import settings
@@ -43,6 +44,7 @@ CACHE_EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray says so of its own
     try:
         return args.run(args)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import traceback
 import warnings
@@ -144,6 +145,7 @@ def _encoded(
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False  # Progress prints
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # that it is done
     with ray.data.DataContext.current(context):
         rows = ray.data.from_items([{"start": a, "end": b} for a, b in parts], override_num_blocks=len(parts))
         with warnings.catch_warnings():

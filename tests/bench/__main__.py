@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 def main(names: list[str]) -> int:
     """Print the tables named; return the exit code. Without names all but `cuts`, an hour long, and `cuts-live`."""
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     from tests.bench.cores import cores
     from tests.bench.cuts import cuts
     from tests.bench.cuts_live import cuts_live

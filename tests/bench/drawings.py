@@ -10,40 +10,40 @@ import lance
 
 from factory import schema
 from factory.picture import encode_png
-from factory.sketch.engine import reduced
 from factory.toon import caption, draw, random_pose, random_scene
 
-SIZE = (1920, 1080)  # pixels of a film's frame, and of its sketch
-SMALL = 1024  # pixels of a training sketch's long side
+WIDTHS = (1024, 1920, 3840)  # pixels of a sketch in 16:9: the training sketch, and those of two films
 
 
-def write_drawings(root: Path, sketches: Path, small: Path, count: int) -> str:
+def write_drawings(root: Path, folder: Path, count: int) -> str:
     """Write `count` drawings to train on; return the root.
 
-    `sketches` gets them as files of the film's size, `small` those that are in the column training_sketch. In both,
-    data.json lists {"image_file", "text"}, as IP-Adapter's scripts read it.
+    `folder`/WIDTH has the same drawings as files, for each of WIDTHS, and data.json that lists them as IP-Adapter's
+    scripts read it: {"image_file", "text"}.
     """
     rng, rows, listed = random.Random(0), [], []
-    sketches.mkdir(parents=True)
-    small.mkdir(parents=True)
+    for width in WIDTHS:
+        (folder / str(width)).mkdir(parents=True)
     for number in range(count):
         scene = random_scene(rng)
-        lines = draw(scene, SIZE, [random_pose(rng) for _ in scene.figures]).lines
+        poses = [random_pose(rng) for _ in scene.figures]
+        name = f"{number:06d}.png"
+        for width in WIDTHS:
+            lines = draw(scene, (width, width * 9 // 16), poses).lines
+            (folder / str(width) / name).write_bytes(encode_png(lines))
         row = {
             "frame_id": f"source-{number:012d}",
             "source_id": "source",
-            "training_sketch": encode_png(reduced(lines, SMALL)),
+            "training_sketch": (folder / str(WIDTHS[0]) / name).read_bytes(),
             "caption": caption(scene, rng),
             "keywords": ["anime sketch", "line art"],
             "split": "train",
             "selected": True,
         }
-        (sketches / f"{number:06d}.png").write_bytes(encode_png(lines))
-        (small / f"{number:06d}.png").write_bytes(row["training_sketch"])
-        listed.append({"image_file": f"{number:06d}.png", "text": f"{row['caption']}, anime sketch, line art"})
         rows.append(row)
-    for folder in (sketches, small):
-        (folder / "data.json").write_text(json.dumps(listed))
+        listed.append({"image_file": name, "text": f"{row['caption']}, anime sketch, line art"})
+    for width in WIDTHS:
+        (folder / str(width) / "data.json").write_text(json.dumps(listed))
     table = schema.to_table("samples", rows)
     lance.write_dataset(table, str(root / "samples.lance"), data_storage_version=schema.STORAGE_VERSION)
     return str(root)

@@ -17,21 +17,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.bench.drawings import write_drawings
+from tests.bench.drawings import WIDTHS, write_drawings
 from tests.bench.harness import Comparison, compare
 from trainer.config import DataConfig, TrainerConfig, WorkersConfig
 
 WORKERS = 2
 STEPS = 6  # of a side's turn
 ROUNDS = 5
-DRAWINGS = 128
+DRAWINGS = 96
 
 
 def training(folder: Path) -> Iterator[Comparison]:
     """Yield the comparisons, in samples/s of both workers together, and the share of step time that waits for data."""
     from trainer.cache_writer import write_cache
 
-    root = write_drawings(folder / "root", folder / "1080p", folder / "1024px", DRAWINGS)
+    root = write_drawings(folder / "root", folder / "files", DRAWINGS)
     config = TrainerConfig(
         pretrained_model_name_or_path="animesketch/micro",
         data=DataConfig(root=root, resolution=64),  # the drop rates are the recipe's
@@ -49,11 +49,11 @@ def training(folder: Path) -> Iterator[Comparison]:
         assert all(abs(a - b) < 1e-3 for side in losses.values() for a, b in zip(side, losses["cached"], strict=True))
         yield against("training on a cache / encoders in each step", "cached", "online")
         yield against("DeepSpeed ZeRO-1 / plain DDP, both on a cache", "cached", "ddp")
-        for size in ("1080p", "1024px"):
-            alone = {side: _speed(ranks.turn(side)) for side in (f"{size}-0", f"{size}-1")}
+        for width in WIDTHS:
+            alone = {side: _speed(ranks.turn(side)) for side in (f"{width}-0", f"{width}-1")}
             plain = max(alone, key=alone.__getitem__)  # the faster one
             ranks.waits.clear()
-            words = f"a plain loop over sketches of {size}, DataLoader with {plain[-1]} workers"
+            words = f"a plain loop over sketches {width} px wide, DataLoader with {plain[-1]} workers"
             yield against(f"training on a cache / {words}", "cached", plain)
             waits = {side: [100 * share for share in ranks.waits[side][1:]] for side in ("cached", plain)}
             title = "share of step time that waits for data, ours / that loop (less is better)"
@@ -134,8 +134,8 @@ def _rank(rank: int, pipe: Any, config: TrainerConfig, cache: str, folder: Path)
     engine, workers._engine = workers._engine, PlainDdp
     sides["ddp"] = ours("ddp", cache)
     workers._engine = engine
-    for size, loaders in itertools.product(("1080p", "1024px"), (0, 1)):
-        sides[f"{size}-{loaders}"] = PlainLoop(config, folder / size, num_workers=loaders)
+    for width, loaders in itertools.product(WIDTHS, (0, 1)):
+        sides[f"{width}-{loaders}"] = PlainLoop(config, folder / "files" / str(width), num_workers=loaders)
     step: dict[str, int] = defaultdict(int)
     while (name := pipe.recv()) is not None:
         side = sides[name]
