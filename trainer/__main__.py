@@ -44,7 +44,7 @@ CACHE_EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray says so of its own
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     try:
         return args.run(args)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
