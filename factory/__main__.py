@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import shlex
 import sys
@@ -13,160 +12,26 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from factory.arguments import parse
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from factory.config import FactoryConfig
-    from factory.sketch.engine import Corner
     from factory.store import Store
 
 DONE, UNFINISHED, USAGE, SOURCES_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
-# verb -> what it does, and examples of it
-_VERBS = {
-    "build": (
-        "run all stages over films: decode, select, sketch, caption",
-        (
-            "build films/ --root /data/anime",
-            """build 'films/*.mkv' --root /data/anime --preset paper --set 'split.holdout=["ep12.mkv"]'""",
-        ),
-    ),
-    "select": (
-        "decide again which candidates are kept, from their stored scores",
-        ("select --root /data/anime --set selection.min_sharpness=80",),
-    ),
-    "sketch": (
-        "draw the sketches of a dataset that are missing or stale, or that of one picture",
-        (
-            "sketch --root /data/anime --set sketch.size=2048",
-            "sketch --image frame.png --output lines.png --size 10240 --converter xdog",
-        ),
-    ),
-    "caption": (
-        "write the captions that are missing or stale",
-        ("caption --root /data/anime --set caption.model=/models/blip",),
-    ),
-    "status": (
-        "print the funnel, the settings, what is stale and which command mends it",
-        ("status --root /data/anime", "status --root /data/anime --json"),
-    ),
-    "report": (
-        "write one HTML page: the funnel, reasons with examples, sources, samples",
-        ("report --root /data/anime", "report --root /data/anime --output anime.html"),
-    ),
-    "verify": (
-        "read every file and picture again and compare it with its sha256",
-        ("verify --root /data/anime", "verify --root /data/anime --json"),
-    ),
-    "compact": (
-        "merge small fragments, remove old versions and what crashes left",
-        ("compact --root /data/anime", "compact --root /data/anime --older-than 2"),
-    ),
-    "tag": (
-        "name the present version of all tables, for data.version of a trainer; without a name, list them",
-        ("tag round-1 --root /data/anime", "tag --root /data/anime", "tag round-1 --delete --root /data/anime"),
-    ),
-    "config": (
-        "print all settings as YAML with their comments, for --config",
-        ("config --preset paper > paper.yaml", "config --root /data/anime"),
-    ),
-}
-
-_EXIT_CODES = """\
-exit codes: 0 done; 1 not finished, run it again, or (verify) something is damaged; 2 wrong usage; 3 (build) finished,
-but some sources failed; 130 stopped by Ctrl+C.
-Whatever was committed is kept: after a crash, run the same command again."""
-
-_ON_A_CLUSTER = 'ray job submit --working-dir . -- python -m factory build "$PWD/films" --root /data/anime'
-
-
-_SOURCES = "films and still pictures: files, folders, or globs in quotes; local paths, s3:// or gs:// URIs"
-
-
 # verb -> settings that have an option of their own
-_SHORT = {"build": ("video.frames",), "sketch": ("sketch.converter", "sketch.size", "sketch.tile")}
-
-
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    examples = [f"  python -m factory {examples[0]}" for _, examples in _VERBS.values()]
-    parser = argparse.ArgumentParser(
-        prog="python -m factory",
-        description=__doc__,
-        epilog="\n".join(["examples:", *examples, f"  {_ON_A_CLUSTER}", "", _EXIT_CODES]),
-        formatter_class=raw,
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (text, examples) in _VERBS.items():
-        lines = ["examples:", *(f"  python -m factory {example}" for example in examples), "", _EXIT_CODES]
-        sub = verbs.add_parser(verb, help=text, description=text, epilog="\n".join(lines), formatter_class=raw)
-        sub.set_defaults(error=sub.error)
-        if verb == "build":
-            sub.add_argument("sources", nargs="+", metavar="SOURCES", help=_SOURCES)
-            sub.add_argument("--sources-file", metavar="FILE", help="YAML that says whose the sources are (README)")
-            sub.add_argument(
-                "--frames",
-                choices=("shots", "keyframes", "interval"),
-                help="candidates: the best frame of each shot, key frames alone (fast), or one every "
-                "video.interval_seconds; the same as --set video.frames=...",
-            )
-            sub.add_argument("--allow-failures", action="store_true", help="exit 0 although some sources failed")
-        elif verb == "sketch":
-            sub.add_argument(
-                "--image", metavar="FILE", help="one local picture in place of a dataset, by preset micro or another"
-            )
-            sub.add_argument("--output", metavar="FILE", help="where its lines go: a PNG")
-            sub.add_argument("--converter", choices=("micro", "xdog"), help="the same as --set sketch.converter=...")
-            sub.add_argument("--size", type=int, metavar="N", help="long side in pixels; --set sketch.size=N")
-            sub.add_argument("--tile", type=int, metavar="N", help="side of a tile in pixels; --set sketch.tile=N")
-        made = "; made if absent" if verb == "build" else ""
-        sub.add_argument(
-            "--root", required=verb not in ("config", "sketch"), help=f"folder of the dataset's tables{made}"
-        )
-        if verb in ("status", "verify"):
-            sub.add_argument("--json", action="store_true", help="print all of it as JSON")
-        elif verb == "compact":
-            age = "age from which a version without a tag is removed (default: %(default)s)"
-            sub.add_argument("--older-than", type=float, default=14, metavar="DAYS", help=age)
-        elif verb == "tag":
-            sub.add_argument("name", nargs="?", metavar="NAME", help="letters, digits, dots, dashes, underscores")
-            sub.add_argument("--delete", action="store_true", help="take the tag off")
-        elif verb == "report":
-            sub.add_argument("--output", metavar="FILE", help="default: report.html in the root")
-        else:
-            sub.add_argument(
-                "--preset",
-                choices=("micro", "paper"),
-                help="default: the settings that the root was last written with, or micro",
-            )
-            sub.add_argument("--config", metavar="FILE", help="YAML laid over them")
-            sub.add_argument("--set", action="append", default=[], metavar="A.B=C", help="one setting; may be repeated")
-    return parser
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line; leave with USAGE and what to type where it is wrong."""
-    parser = _parser()
-    if not arguments:
-        parser.print_help(sys.stderr)
-        sys.exit(USAGE)
-    verb = arguments[0]
-    if verb not in _VERBS and not verb.startswith("-"):
-        near = difflib.get_close_matches(verb, _VERBS, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(_VERBS)}."
-        parser.error(f"no verb {verb!r}. {hint}")
-    args = parser.parse_args(arguments)
-    if verb == "sketch" and (args.root is None) == (args.image is None):
-        args.error("sketch takes a dataset's --root, or one picture: --image FILE --output FILE")
-    if verb == "sketch" and (args.image is None) != (args.output is None):
-        args.error("--image and --output go together")
-    return args
+_SHORT = {
+    "build": ("video.frames",),
+    "sketch": tuple(f"sketch.{name}" for name in ("converter", "size", "tile", "overlap", "tile_offset")),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; return the exit code. What is raised beyond what is told of here is a bug of ours."""
-    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    args = parse(sys.argv[1:] if arguments is None else arguments)
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     from factory.settings import UsageError
     from factory.store import StoreError
@@ -176,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         own = {"config": _config, "status": _status, "report": _report}
-        own |= {"verify": _verify, "tag": _tag, "compact": _compact}
+        own |= {"verify": _verify, "tag": _tag, "compact": _compact, "weights": _weights}
         own |= {"sketch": _picture} if args.verb == "sketch" and args.image is not None else {}
         return own.get(args.verb, _run)(args)
     except UsageError as error:
@@ -274,7 +139,7 @@ def _print_next(verbs: list[str], root: str) -> None:
 
 def _check_output(path: Path, given: str) -> None:
     """Make the folder of a file to write. UsageError where `path`, which was `given`, can't be written to."""
-    import os
+    import tempfile
 
     from factory.files import make_folder
     from factory.settings import UsageError
@@ -283,10 +148,11 @@ def _check_output(path: Path, given: str) -> None:
         raise UsageError(f"--output {given} is a folder. Give a file's name.")
     try:
         make_folder(path.parent)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"--output {given}: {path.parent} is a file, no folder.") from None
     except OSError as error:
-        raise UsageError(f"--output {given}: {error.strerror}.") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--output {given}: its folder cannot be written to.")
+        raise UsageError(f"--output {given}: its folder cannot be written to ({error.strerror}).") from None
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -370,19 +236,39 @@ def _picture(args: argparse.Namespace) -> int:
         raise UsageError(f"--output {args.output} is the picture itself. Give another name.")
     _check_output(output, args.output)
 
-    def watched(tiles: list[Corner]) -> Iterator[Corner]:
-        progress = Progress("sketch", "tiles", len(tiles))
-        for tile in tiles:
-            yield tile
-            progress.step()
+    progress: list[Progress] = []
+
+    def watch(done: int, tiles: int) -> None:
+        if not done:
+            progress.append(Progress("sketch", "tiles", tiles))
+        else:
+            progress[0].reach(done)
 
     try:
-        lines = sketch(image, config, watch=watched)
+        lines = sketch(image, config, watch=watch)
     except KeyboardInterrupt:
         print("factory: stopped. Nothing was written.", file=sys.stderr)
         return INTERRUPTED
     write_atomic(output, encode_png(lines))
     print(f"{output}: {lines.shape[1]} x {lines.shape[0]} px")
+    return DONE
+
+
+def _weights(args: argparse.Namespace) -> int:
+    """Get a published sketch network."""
+    from pathlib import Path
+
+    from factory import models
+    from factory.settings import absolute
+    from factory.sketch.pretrained import convert_anime2sketch, fetch_hed
+
+    folder = Path(absolute(args.output, "--output")) if args.output else models.FETCHED / args.network
+    if args.how == "fetch":
+        fetch_hed(folder)
+    else:
+        convert_anime2sketch(Path(absolute(args.file, "FILE")), folder)
+    given = f" --set sketch.model={shlex.quote(str(folder))}" if args.output else ""
+    print(f"{folder}: {args.network}. Take it: --set sketch.converter={args.network}{given}")
     return DONE
 
 

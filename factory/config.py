@@ -43,11 +43,15 @@ class FactoryConfig:
     samples_per_unit: int = 16
     # Logical CPUs that a task asks Ray for.
     num_cpus: float = 1.0
+    # GPUs that a task of the sketch stage asks Ray for; its network then runs on one. 0: on the CPU.
+    num_gpus: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("commit_every", "samples_per_unit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_gpus < 0:
+            raise ValueError(f"num_gpus must not be negative, got {self.num_gpus}.")
         if self.num_cpus <= 0:
             raise ValueError(f"num_cpus must be above 0, got {self.num_cpus}.")
 
@@ -80,7 +84,7 @@ def paper() -> FactoryConfig:
     """The paper's numbers: at least 1080 lines, sketches of 10240 x 10240."""
     return FactoryConfig(
         selection=SelectionConfig(min_short_side=1080),
-        sketch=SketchConfig(size=10240, square=True),
+        sketch=SketchConfig(size=10240, square="pad"),
         caption=CaptionConfig(model=caption.RULE),  # the shipped captioner knows nothing but drawn footage
         samples_per_unit=4,
     )

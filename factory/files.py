@@ -109,24 +109,40 @@ def sync(files: Iterable[Path], top: Path) -> None:
 def seal(folder: str | Path) -> None:
     """Write `folder`/SHA256SUMS over every file below it, in the format of `sha256sum`."""
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
+    files = _files(folder)
     sync(files, top=folder)
     write_atomic(folder / SUMS, "".join(f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
 
 
-def check_sealed(folder: str | Path) -> None:
-    """Raise DamagedFolder unless `folder` has a SHA256SUMS and every file named there matches it."""
+def check_sealed(folder: str | Path, *, exact: bool = False) -> None:
+    """Raise DamagedFolder unless `folder` has a SHA256SUMS and every file named there matches it.
+
+    With `exact` no other file may be there, such as one whose line in a damaged SHA256SUMS is lost.
+    """
     folder = Path(folder)
     if not (folder / SUMS).is_file():
         raise DamagedFolder(f"{folder} has no {SUMS}: it was not written to its end. Use another checkpoint.")
-    for line in (folder / SUMS).read_text().splitlines():
+    text = (folder / SUMS).read_bytes().decode(errors="replace")
+    names = set()
+    for line in text.removesuffix("\n").split("\n"):
         digest, _, name = line.partition("  ")
-        if not (folder / name).is_file():
+        if not name or not (folder / name).is_file():
             raise DamagedFolder(f"{folder / name} is missing, but {SUMS} lists it.")
         if sha256_file(folder / name) != digest:
             raise DamagedFolder(
                 f"{folder / name} does not match its sha256 in {SUMS}: the file was changed or damaged."
             )
+        names.add(name)
+    for path in _files(folder) if exact else ():
+        if path.relative_to(folder).as_posix() not in names:
+            raise DamagedFolder(f"{path} is not listed in {SUMS}: remove it, or {SUMS} is cut short.")
+    if not text.endswith("\n"):
+        raise DamagedFolder(f"{folder / SUMS} is cut short. Use another checkpoint.")
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files below `folder`, sorted, all but its own SHA256SUMS."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
 
 
 def sha256_file(path: str | Path) -> str:

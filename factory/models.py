@@ -12,21 +12,34 @@ from factory.settings import NothingThere, UsageError
 
 OWNER = "animesketch/"  # ids of models that are shipped with the code, in `weights/` beside their reader
 WEIGHTS = Path(__file__).parent / "weights"
+# On this machine, by `python -m factory weights`.
+FETCHED = Path(os.path.abspath(os.environ.get("ANIMESKETCH_WEIGHTS") or Path.home() / ".cache/animesketch"))
+HOW_TO_GET = {
+    f"{OWNER}hed": "python -m factory weights fetch hed",
+    f"{OWNER}anime2sketch": "python -m factory weights convert anime2sketch netG.pth",
+}
 _READ = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
 def find_model(name_or_path: str, weights: Path = WEIGHTS) -> Path:
-    """Return the folder of a shipped id such as `animesketch/sketch`, or the path itself where it is a folder.
+    """Return the folder of an id such as `animesketch/sketch`, which is shipped or was put into FETCHED, or the path
+    itself where it is a folder.
 
     NothingThere for anything else, UsageError for a relative path: a worker runs in a folder of its own.
     """
-    shipped = weights / name_or_path.removeprefix(OWNER)
-    if name_or_path.startswith(OWNER) and shipped.is_dir():
-        return shipped
+    if name_or_path.startswith(OWNER):
+        for folder in (weights, FETCHED):
+            if (folder / name_or_path.removeprefix(OWNER)).is_dir():
+                return folder / name_or_path.removeprefix(OWNER)
     if os.path.isdir(name_or_path):
         if not os.path.isabs(name_or_path):
             raise UsageError(f"Give the absolute path of the model {name_or_path!r}: {os.path.abspath(name_or_path)}")
         return Path(name_or_path)
+    if name_or_path in HOW_TO_GET:
+        raise NothingThere(
+            f"The network {name_or_path} is not on this machine. Get it: {HOW_TO_GET[name_or_path]} — or name its "
+            "folder: --set sketch.model=/models/..."
+        )
     known = sorted(f"{OWNER}{path.parent.name}" for path in weights.glob(f"*/{SUMS}"))
     shipped_too = f", or one of those shipped: {', '.join(known)}" if known else ""
     raise NothingThere(f"No model {name_or_path!r}. Give a folder that exists{shipped_too}.")

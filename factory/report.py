@@ -15,7 +15,12 @@ import pyarrow as pa
 from PIL import Image
 
 from factory import status
+from factory.config import FactoryConfig
 from factory.files import write_atomic
+from factory.models import HOW_TO_GET, OWNER
+from factory.picture import decode_image
+from factory.settings import from_dict
+from factory.sketch import sheet
 from factory.stage import clock
 from factory.store import DamagedData, Store
 from factory.verify import HASHES
@@ -24,6 +29,8 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 SAMPLES = 14  # frame | sketch | caption rows
 REASONS = 30  # the commonest; errors of decoders are many
 SOURCES = 200
+CROPS = 3  # samples on the contact sheet
+CROP = 280  # px, side of what is shown of each
 THUMBNAIL = 320  # px, long side of an embedded picture
 
 
@@ -34,8 +41,13 @@ def write_report(store: Store, output: Path) -> Path:
 
 
 def parts(store: Store) -> dict[str, Any]:
-    """Return what the page tells of the dataset in `store`: `funnel`, `sources` and `samples`."""
-    return {"funnel": funnel(store), "sources": sources(store), "samples": sample_rows(store)}
+    """Return what the page tells of the dataset in `store`: `funnel`, `sources`, `samples` and `sheet`."""
+    return {
+        "funnel": funnel(store),
+        "sources": sources(store),
+        "samples": sample_rows(store),
+        "sheet": contact_sheet(store),
+    }
 
 
 def render(template: Path, **told: Any) -> str:
@@ -124,6 +136,20 @@ def sample_rows(store: Store, count: int = SAMPLES) -> list[dict[str, Any]]:
 
     They come in the order of the sources: those that gave most first.
     """
+    chosen = _spread(store, count)
+    addresses = [row["_rowaddr"] for row in chosen]
+    columns = ["timestamp", "width", "height", "caption", "caption_by", "keywords", "split"]
+    rows = store.rows_at("samples", addresses, columns)
+    frames = pictures(store, "samples", "image", addresses)
+    sketches = pictures(store, "samples", "training_sketch", addresses)
+    return [
+        {**row, "source": place["source"], "frame": frame, "sketch": sketch}
+        for row, place, frame, sketch in zip(rows, chosen, frames, sketches, strict=True)
+    ]
+
+
+def _spread(store: Store, count: int) -> list[dict[str, Any]]:
+    """Return `source` (its name), `timestamp` and `_rowaddr` of `count` selected samples, from the sources in turn."""
     found = store.table("sources").to_table(columns=["source_id", "uri"]).to_pylist()
     names = {row["source_id"]: _name(row["uri"]) for row in found}
     places = store.table("samples").to_table(
@@ -131,20 +157,28 @@ def sample_rows(store: Store, count: int = SAMPLES) -> list[dict[str, Any]]:
     )
     by_source: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(places.to_pylist(), key=lambda row: (names[row["source_id"]], row["timestamp"])):
-        by_source.setdefault(row["source_id"], []).append(row)
+        by_source.setdefault(row["source_id"], []).append(row | {"source": names[row["source_id"]]})
     ranked = sorted(by_source.values(), key=len, reverse=True)
     asked = ranked if len(ranked) <= count else [*ranked[: count - 1], ranked[-1]]  # that which gave least, too
     chosen = [row for turn in turns(asked) for row in turn][:count]
-    chosen.sort(key=lambda row: (-len(by_source[row["source_id"]]), names[row["source_id"]], row["timestamp"]))
-    addresses = [row["_rowaddr"] for row in chosen]
-    columns = ["source_id", "timestamp", "width", "height", "caption", "caption_by", "keywords", "split"]
-    rows = store.rows_at("samples", addresses, columns)
-    frames = pictures(store, "samples", "image", addresses)
-    sketches = pictures(store, "samples", "training_sketch", addresses)
-    return [
-        {**row, "source": names[row["source_id"]], "frame": frame, "sketch": sketch}
-        for row, frame, sketch in zip(rows, frames, sketches, strict=True)
-    ]
+    return sorted(chosen, key=lambda row: (-len(by_source[row["source_id"]]), row["source"], row["timestamp"]))
+
+
+def contact_sheet(store: Store, count: int = CROPS) -> dict[str, Any]:
+    """Return `crops` of so many samples: `source`, `timestamp`, and `pictures` of one place pixel by pixel, as `frame`
+    and by each converter that is on this machine; and how to get one `more`."""
+    config = from_dict(FactoryConfig, store.settings() or {}).sketch
+    configs = sheet.variants(config)
+    shown = []
+    for row in _spread(store, count):
+        (frame,) = pictures(store, "samples", "image", [row["_rowaddr"]])
+        (data,) = store.read_pictures("samples", "image", [row["_rowaddr"]]) if frame and "uri" in frame else (None,)
+        if data is None:
+            continue  # its damage is told where the sample is
+        image = decode_image(data)
+        crops = sheet.crops(image, sheet.busiest(image, config, CROP), configs)
+        shown.append(row | {"pictures": {name: encoded(Image.fromarray(crop), "png") for name, crop in crops.items()}})
+    return {"crops": shown, "more": None if "hed" in configs else HOW_TO_GET[f"{OWNER}hed"]}
 
 
 def turns(groups: Sequence[Sequence[Any]]) -> Iterable[list[Any]]:
@@ -188,8 +222,12 @@ def picture(data: bytes, long_side: int = THUMBNAIL) -> dict[str, Any]:
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("L" if opened.mode in ("1", "L", "LA", "I;16") else "RGB")
     image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
+    return encoded(image, "png" if max(image.size) <= 128 else "jpeg")
+
+
+def encoded(image: Image.Image, kind: str) -> dict[str, Any]:
+    """Return a picture as it is, as `picture` does, as a "png" or "jpeg"."""
     out = io.BytesIO()
-    kind = "png" if max(image.size) <= 128 else "jpeg"
     image.save(out, kind, quality=82, optimize=True)
     uri = f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
     return {"uri": uri, "width": image.width, "height": image.height}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lance
 import pyarrow as pa
 
-FORMAT = "3"  # raised when a reader of the older tables would be wrong
+FORMAT = "4"  # raised when a reader of the older tables would be wrong
 STORAGE_VERSION = "2.2"  # the first Lance file format with blob v2 columns
 EMBEDDING = "layout-8x8-rgb"  # recorded in the table's metadata; a table with another one is refused
 EMBEDDING_SIZE = 192
@@ -97,6 +97,15 @@ CANDIDATES = _table(
 
 STAGES = pa.struct([pa.field(stage, pa.string()) for stage in ("decode", "select", "sketch", "caption")])
 
+TONE = pa.struct(  # of sketch.tone.Tone, but its ink ratio
+    [
+        pa.field("brightened", pa.bool_()),
+        *(pa.field(name, pa.uint8()) for name in ("black", "white")),
+        *(pa.field(name, pa.float32()) for name in ("gamma", "clipped_black", "clipped_white")),
+        *(pa.field(name, pa.uint8()) for name in ("p01", "p05", "p25")),
+    ]
+)
+
 SAMPLES = _table(
     _key("frame_id"),
     pa.field("source_id", pa.string(), nullable=False),
@@ -111,7 +120,8 @@ SAMPLES = _table(
     pa.field("sketch_width", pa.int32()),
     pa.field("sketch_height", pa.int32()),
     pa.field("sketch_sha256", pa.string()),
-    pa.field("ink_ratio", pa.float32()),  # share of sketch pixels darker than mid grey, 0..1
+    pa.field("ink_ratio", pa.float32()),  # share of the lines' pixels darker than mid grey; a page's margins left out
+    pa.field("tone", TONE),
     lance.blob_field("training_sketch"),  # PNG, long side at most 1024
     lance.blob_field("thumbnail"),  # JPEG: frame left, sketch right
     pa.field("caption", pa.string()),

@@ -8,6 +8,8 @@ import math
 import os
 from collections.abc import Iterator
 
+from factory.settings import UsageError
+
 # How often a task is tried again that Ray ended as the machine was short of memory: that may be another's fault, so
 # more often than one that crashes (stage.py), but not without end, Ray's default. Each time it waits longer.
 _TRIES_WITHOUT_MEMORY = 15
@@ -36,3 +38,11 @@ def ray_session(num_cpus: float = 2) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_gpus(num_gpus: float) -> None:
+    """Raise UsageError where a task that asks for so many GPUs would wait for ever: a local Ray gets no more."""
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < num_gpus:
+        raise UsageError(f"num_gpus={num_gpus:g}, but Ray sees no such GPU on this machine. Give --set num_gpus=0.")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from factory import metrics
 from factory.committer import Committer
 from factory.config import FactoryConfig
+from factory.session import check_gpus
 from factory.store import NotFinished, Store
 from factory.worker import ATTEMPTS
 
@@ -109,7 +110,12 @@ def run_tasks(stage: str, task: Callable, rows: list[Row], config: FactoryConfig
         data = ray.data.from_items(numbered, override_num_blocks=len(rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # ray 2.60 has no other way to bound the attempts
-        answers = data.map(_answering(task), num_cpus=config.num_cpus, max_retries=ATTEMPTS - 1)
+        wanted: Row = {"num_cpus": config.num_cpus, "max_retries": ATTEMPTS - 1}
+        if stage == "sketch" and config.num_gpus:
+            check_gpus(config.num_gpus)
+            # Ray ends a worker after each task on a GPU; this one keeps its network
+            wanted |= {"num_gpus": config.num_gpus, "max_calls": 0}
+        answers = data.map(_answering(task), **wanted)
     missing = dict(enumerate(rows))
     for answer in answers.iter_rows():
         if answer["raised"]:
@@ -178,6 +184,11 @@ class Progress:
         self._start = self._said = time.monotonic()
         whole = f", {self._amount:,.0f} {measure}" if measure else ""
         print(f"{stage:<8} {f'{total:,} {noun}{whole}' if total else 'nothing to do'}", flush=True)
+
+    def reach(self, done: int) -> None:
+        """Count units until so many are done."""
+        while self._done < done:
+            self.step()
 
     def step(self, amount: float = 1, *, rows: int = 0, failed: int = 0) -> None:
         """Count one unit done, with its amount of work, and so many rows and failures."""

@@ -80,8 +80,8 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image]:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             raise ValueError("it is no picture of a kind that is read: " + ", ".join(FORMATS)) from None
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"it has more than the {MAX_PIXELS // 10**6} million pixels that are read") from None
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:

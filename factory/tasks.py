@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import cv2
@@ -18,7 +19,7 @@ from factory.config import FactoryConfig
 from factory.fetch import check_unchanged, on_disk, unread
 from factory.locations import stamp
 from factory.picture import decode_image, encode_jpeg, encode_png
-from factory.sketch import engine, tone
+from factory.sketch import engine
 from factory.sources import READ_BYTES_PER_SECOND, identify, unopened
 from factory.store import DamagedData, Store
 from factory.timeline import timeline_of
@@ -208,7 +209,7 @@ class DrawSketches:
         _one_thread()
         rows, damaged = [], []
         for sample, image in _pictures(self._store, task, damaged):
-            lines = engine.sketch(image, self._config.sketch)
+            lines, tone = engine.draw(image, self._config.sketch)
             png = encode_png(lines)
             small = engine.reduced(lines, _TRAINING_SIDE)
             rows.append(
@@ -218,7 +219,8 @@ class DrawSketches:
                     "sketch_width": lines.shape[1],
                     "sketch_height": lines.shape[0],
                     "sketch_sha256": hashlib.sha256(png).hexdigest(),
-                    "ink_ratio": tone.ink_ratio(lines),
+                    "ink_ratio": tone.ink_ratio,
+                    "tone": asdict(tone),
                     "training_sketch": encode_png(small) if small is not lines else png,
                     "thumbnail": _thumbnail(image, lines),
                     "stages": sample["stages"] | {"sketch": self._fingerprint},

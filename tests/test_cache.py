@@ -107,7 +107,7 @@ for name, cache in caches.items():
     named = dataclasses.replace(config, output=str(folder / name))
     worker = Worker(named, torch.device("cpu"), {"base": {}, "preprocessing": {}}, cache)
     losses[name] = [record["alignment_loss"] for record in worker.run.history()]
-    losses[name] += [worker.step(step) for step in range(6)]
+    losses[name] += [worker.step(step)["loss"] for step in range(6)]
 (folder / "losses.json").write_text(json.dumps(losses))
 """
 

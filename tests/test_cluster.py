@@ -69,10 +69,10 @@ def test_import_paths_and_modules_exist() -> None:
 
 
 def test_the_commands_of_the_jobs_are_understood() -> None:
-    from factory import __main__ as factory
+    from factory import arguments
     from trainer import __main__ as trainer
 
-    for name, parser in (("rayjob-factory", factory._parser()), ("rayjob-trainer", trainer._parser())):
+    for name, parser in (("rayjob-factory", arguments.new_parser()), ("rayjob-trainer", trainer._parser())):
         arguments = parser.parse_args(read(f"{name}.yaml")["spec"]["entrypoint"].split()[3:])
         assert arguments.root == "/data/anime"
         assert arguments.preset == "paper"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from factory import tags
-from factory.__main__ import _VERBS, DONE, UNFINISHED, USAGE, _parser, main
+from factory.__main__ import DONE, UNFINISHED, USAGE, main
+from factory.arguments import VERBS, new_parser
 from factory.config import micro, paper
 from factory.settings import NothingThere, UsageError, load
 from factory.store import Store, StoreError
@@ -28,7 +29,7 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 def test_without_arguments_it_says_what_can_be_done(capsys: pytest.CaptureFixture) -> None:
     told = _refused([], capsys)
     assert "python -m factory build films/ --root /data/anime" in told
-    for verb in _VERBS:
+    for verb in VERBS:
         assert f"\n    {verb} " in told
     assert "exit codes: 0 done; 1 not finished" in told
 
@@ -36,10 +37,10 @@ def test_without_arguments_it_says_what_can_be_done(capsys: pytest.CaptureFixtur
 def test_a_wrong_verb_is_answered_with_the_nearest(capsys: pytest.CaptureFixture) -> None:
     assert "no verb 'biuld'. Did you mean build?" in _refused(["biuld", "films"], capsys)
     assert "no verb 'captions'. Did you mean caption?" in _refused(["captions", "--root", "/d"], capsys)
-    assert f"Verbs: {', '.join(_VERBS)}." in _refused(["xyz"], capsys)
+    assert f"Verbs: {', '.join(VERBS)}." in _refused(["xyz"], capsys)
 
 
-@pytest.mark.parametrize("verb", list(_VERBS))
+@pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_teaches_by_examples_that_parse(verb: str, capsys: pytest.CaptureFixture) -> None:
     import shlex
 
@@ -48,9 +49,9 @@ def test_every_verb_teaches_by_examples_that_parse(verb: str, capsys: pytest.Cap
     assert left.value.code == 0
     told = capsys.readouterr().out
     assert "exit codes:" in told
-    for example in _VERBS[verb][1]:
+    for example in VERBS[verb][1]:
         assert f"  python -m factory {example}\n" in told
-        assert _parser().parse_args(shlex.split(example.split(" > ")[0])).verb == verb
+        assert new_parser().parse_args(shlex.split(example.split(" > ")[0])).verb == verb
 
 
 @pytest.mark.parametrize("preset", [micro, paper])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -162,6 +163,70 @@ def test_only_selected_rows_of_the_split_with_a_sketch_are_read_sorted(tmp_path:
     assert Samples(DataConfig(root=str(tmp_path)), "validation").frame_ids == ["source-000000000003"]
 
 
+def photo(number: int) -> bytes:
+    """Return a PNG of a colour frame, 32x16: red left, green in the middle half, blue right."""
+    picture = np.zeros((16, 32, 3), np.uint8)
+    picture[:, :8], picture[:, 8:24], picture[:, 24:] = (0, 0, 255 - number), (0, 255, 0), (255, 0, 0)  # BGR
+    return cv2.imencode(".png", picture)[1].tobytes()
+
+
+def test_target_and_reference_are_the_columns_that_are_asked_for(tmp_path: Path):
+    rows = [row(0, image=photo(0)), row(1, image=photo(1)), row(2), row(3, image=photo(3), training_sketch=None)]
+    root = write(tmp_path, rows)
+
+    def read(**changes: str) -> tuple[list[str], Sample]:
+        samples = Samples(DataConfig(root=root, resolution=16, **changes), "train")  # type: ignore[arg-type]
+        return [frame[-1] for frame in samples.frame_ids], samples.read([1])[0]
+
+    drawing = Image.fromarray(sketch(1, 72, 96)).convert("RGB")
+    frames, colour = read(target="image", reference="training_sketch")
+    assert frames == ["0", "1"]
+    green = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1).expand(3, 16, 16)
+    assert torch.equal(colour.target, green)  # the middle, without bars
+    assert np.array_equal(np.asarray(colour.reference), np.asarray(drawing))
+
+    frames, lines = read(target="training_sketch", reference="image")
+    assert frames == ["0", "1"]
+    assert torch.equal(lines.target, square_pixels(drawing, 16))
+    assert lines.reference.size == (32, 16)  # whole, with its borders
+    assert lines.reference.getpixel((0, 0)) == (254, 0, 0)
+
+    assert read()[0] == ["0", "1", "2"]
+    assert read(target="image", reference="image")[0] == ["0", "1", "3"]
+    no_sketch = write(tmp_path / "b", [row(0, image=photo(0), training_sketch=None)])
+    with pytest.raises(ValueError, match=r"no row of split 'train' with training_sketch at .* factory sketch"):
+        Samples(DataConfig(root=no_sketch, target="image"), "train")
+    with pytest.raises(ValueError, match=r"no row of split 'train' with image at .* factory build"):
+        Samples(DataConfig(root=write(tmp_path / "c", [row(0)]), target="image"), "train")
+
+
+def test_texts_leave_the_keywords_out_if_asked(tmp_path: Path):
+    root = write(tmp_path, [row(0), row(1)])
+    plain, bare = (Samples(DataConfig(root=root, keywords=keywords), "train") for keywords in (True, False))
+    assert plain.texts == ["drawing 0, anime sketch, line art", "drawing 1, anime sketch, line art"]
+    assert bare.texts == ["drawing 0", "drawing 1"]
+    assert bare.fingerprint != plain.fingerprint
+
+
+def test_only_accepted_samples_are_read_if_asked(tmp_path: Path):
+    reviews = ["accepted", "pending", "rejected", None, "accepted"]
+    rows = [row(number, review=review) for number, review in enumerate(reviews)]
+    root = write(tmp_path, rows)
+    asked = DataConfig(root=root, accepted_only=True)
+    assert [frame[-1] for frame in Samples(asked, "train").frame_ids] == ["0", "4"]
+    assert len(Samples(DataConfig(root=root), "train")) == 5
+    for name, others, message in (
+        ("a", [row(0)], "no selected row that is accepted at version 1. Review it, or train on all: --set data.acc"),
+        ("b", [row(0, review="accepted", split="validation"), row(1)], "no accepted row of split 'train'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Samples(replace(asked, root=write(tmp_path / name, others)), "train")
+    table = schema.to_table("samples", [row(0)]).drop_columns(["review"])
+    lance.write_dataset(table, str(tmp_path / "c" / "samples.lance"), data_storage_version=schema.STORAGE_VERSION)
+    with pytest.raises(ValueError, match="no column 'review': nothing says which samples are accepted"):
+        Samples(replace(asked, root=str(tmp_path / "c")), "train")
+
+
 def test_a_version_or_tag_stays_as_it_was(tmp_path: Path):
     root = write(tmp_path, [row(0)])
     dataset = lance.dataset(f"{root}/samples.lance")
@@ -203,7 +268,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
         (
             "d",
             [row(0, training_sketch=None)],
-            "no row of split 'train' with a training_sketch at version 1. Run: python -m factory sketch",
+            "no row of split 'train' with training_sketch at version 1. Run: python -m factory sketch",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -219,9 +219,9 @@ def test_a_source_keeps_its_split(ray_session: str, small_dataset: Path, tmp_pat
     assert {r["frame_id"]: r["split"] for r in _rows(strict)} == {r["frame_id"]: r["split"] for r in rows}
 
 
-def _flip_a_picture(store: Store, name: str) -> tuple[str, Path, bytes]:
-    """Flip a byte of the first picture in a table; return its key, its file, and what the file was."""
-    row = store.table(name).to_table(columns=["frame_id"], with_row_address=True).to_pylist()[0]
+def _flip_a_picture(store: Store, name: str, where: str | None = None) -> tuple[str, Path, bytes]:
+    """Flip a byte of the first picture in a table, `where` that holds; return its key, its file, what the file was."""
+    row = store.table(name).to_table(columns=["frame_id"], filter=where, with_row_address=True).to_pylist()[0]
     (picture,) = store.read_pictures(name, "image", [row["_rowaddr"]])
     assert picture is not None
     (file,) = [
@@ -270,7 +270,7 @@ def test_a_damaged_candidate_is_not_passed_on_and_its_neighbours_are(
     shutil.rmtree(root / "samples.lance")
     store = Store(str(root))
     store.create()
-    damaged, file, whole = _flip_a_picture(store, "candidates")
+    damaged, file, whole = _flip_a_picture(store, "candidates", "status = 'kept'")
     assert main(["select", "--root", str(root)]) == UNFINISHED
     assert f"The image of {damaged} in candidates does not match its sha256" in capsys.readouterr().err
     assert {row["frame_id"] for row in _rows(store)} == wanted - {damaged} < wanted

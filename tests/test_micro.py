@@ -29,7 +29,7 @@ from factory.caption import Captioner
 from factory.files import SUMS, check_sealed
 from factory.models import WEIGHTS as FACTORY
 from factory.models import find_model, model_id
-from factory.sketch.engine import SketchConfig, new_converter, run_tiles, sketch
+from factory.sketch.engine import SketchConfig, sketch
 from trainer.adapter import WEIGHTS as ADAPTER
 from trainer.adapter import Adapter, AdapterConfig
 from trainer.backbone import Backbone, load_backbone
@@ -220,20 +220,6 @@ def test_the_sketch_network_draws_truer_lines_than_xdog(tmp_path: Path) -> None:
         for name in ("micro", "xdog")
     }
     assert 1 - scores["micro"] < (1 - scores["xdog"]) / 2, scores  # half as much is wrong
-
-
-@pytest.mark.parametrize("tile", [64, 192, 256])
-def test_tiles_of_the_sketch_network_leave_no_seam(tile: int) -> None:
-    image = toon.draw(random_scene(random.Random(5)), (480, 270)).image
-    converter = new_converter(SketchConfig(converter="micro"), short_side=270)
-    whole = run_tiles(image, converter, size=(270, 480), tile=1024)
-    tiled = run_tiles(image, converter, size=(270, 480), tile=tile)
-    difference = np.abs(whole.astype(int) - tiled.astype(int))
-    assert difference.max() <= 1
-    halo, converter.halo = converter.halo, 0
-    naive = run_tiles(image, converter, size=(270, 480), tile=tile)
-    converter.halo = halo
-    assert np.abs(whole.astype(int) - naive.astype(int)).max() > 20  # what the halo is for
 
 
 def test_each_row_of_numbers_in_the_docs_is_a_row_of_a_card() -> None:

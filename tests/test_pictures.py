@@ -138,7 +138,7 @@ def _png(width: int, height: int, rows: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("huge.png", _png(40_000, 40_000), "1600000000 pixels"),
+        ("huge.png", _png(40_000, 40_000), "more than the 120 million pixels that are read"),
         ("large.png", _png(12_000, 12_000), "it has 12000x12000 pixels; at most 120 million are read"),
         ("strip.png", _png(70_000, 1), "it has 70000x1 pixels"),
         ("moves.webp", _encoded(_wide(), "WEBP", save_all=True, append_images=[_wide("RGB", WHITE)]), "2 pictures"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from factory.__main__ import DONE, USAGE, main
 from factory.sketch import engine, tone
-from factory.sketch.engine import SketchConfig, run_tiles, sketch
+from factory.sketch.engine import SketchConfig, sketch
 from factory.sketch.xdog import XDoG, XDoGConfig
 from factory.toon import draw, random_scene
 from factory.toon.scene import Drawing
@@ -20,7 +20,7 @@ from factory.toon.scene import Drawing
 
 @pytest.fixture(scope="module")
 def drawing():
-    return draw(random_scene(random.Random(5)), (480, 270))
+    return draw(random_scene(random.Random(4)), (480, 270))
 
 
 def test_xdog_is_the_papers_formula() -> None:
@@ -39,30 +39,10 @@ def test_xdog_is_the_papers_formula() -> None:
 
     sharp = 13.0 * blurred(1.1) - 12.0 * blurred(1.1 * 1.6)
     expected = np.where(sharp >= 0.4, 1.0, 1.0 + np.tanh(5.0 * (sharp - 0.4)))
-    got = XDoG(config, short_side=512)(image)
+    (got,) = XDoG(config, short_side=512)(image[None])
     assert got.min() >= 0
     assert got.max() <= 1
     np.testing.assert_allclose(got, expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("tile", [64, 100, 257])
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_the_result_does_not_depend_on_the_tile_grid(drawing, tile: int, scale: float) -> None:
-    height, width = (round(side * scale) for side in drawing.image.shape[:2])
-    converter = XDoG(XDoGConfig(), short_side=height)
-    whole = run_tiles(drawing.image, converter, size=(height, width), tile=10_000)
-    tiled = run_tiles(drawing.image, converter, size=(height, width), tile=tile)
-    difference = np.abs(whole.astype(int) - tiled.astype(int))
-    assert difference.max() <= 1  # rounding of the enlarged pixels; a seam would be tens
-    assert (difference > 0).mean() < 0.001
-    naive = run_tiles(drawing.image, _without_halo(converter), size=(height, width), tile=tile)
-    assert np.abs(whole.astype(int) - naive.astype(int)).max() > 20  # what the halo is for
-
-
-def _without_halo(converter: XDoG) -> XDoG:
-    naive = XDoG(XDoGConfig(), short_side=1)
-    naive._sigma, naive.halo = converter._sigma, 0
-    return naive
 
 
 def test_lines_lie_where_the_drawing_has_them(drawing) -> None:
@@ -82,26 +62,53 @@ def test_paper_is_white_and_a_flat_picture_stays_blank(drawing) -> None:
     assert (sketch(np.full((300, 400, 3), 90, np.uint8), SketchConfig()) == 255).all()
 
 
-def test_sizes() -> None:
-    image = np.random.default_rng(1).integers(0, 256, (90, 160, 3), np.uint8)
-    assert sketch(image, SketchConfig(size=640)).shape == (360, 640)
-    assert sketch(image, SketchConfig(size=80)).shape == (45, 80)
-    page = sketch(image, SketchConfig(size=320, square=True))
-    assert page.shape == (320, 320)
-    assert (page[:60] == 255).all()
-    assert (page[70:250] < 128).any()
-    assert sketch(image[:1, :1], SketchConfig()).shape == (1, 1)
-    with pytest.raises(ValueError, match=r"sketch\.size"):
-        SketchConfig(size=100_000)
-
-
 def test_levels_make_paper_white_and_ink_black() -> None:
     page = np.full((100, 100), 230, np.uint8)
     page[10:12] = 60
-    stretched = tone.levels(page)
-    assert stretched[0, 0] == 255
-    assert stretched[10, 0] == 0
-    assert tone.ink_ratio(stretched) == pytest.approx(0.02)
+    page[20:30:2] = 226  # noise of the paper, no line
+    page[20:30:4] = 234
+    stretched, told = tone.level(page)
+    assert (stretched[20:30] == 255).all()
+    assert (stretched[10:12] == 0).all()
+    assert (told.black, told.brightened, told.p01, told.p25) == (60, False, 0, 255)
+    assert 200 < told.white < 230
+    assert told.ink_ratio == told.clipped_black == pytest.approx(0.02)
+    assert told.clipped_white == pytest.approx(0.98)
+
+
+@pytest.mark.parametrize(("grey", "lighter"), [(100, True), (215, False)])
+def test_gamma_brings_the_greys_of_flanks_towards_the_middle(grey: int, lighter: bool) -> None:
+    page = np.full((100, 100), 255, np.uint8)
+    page[10:30], page[30:34] = 0, grey
+    stretched, told = tone.level(page)
+    assert (told.gamma > 1) == lighter
+    assert (stretched[31, 0] > grey) == lighter
+    assert stretched[20, 0] == 0
+    assert stretched[90, 0] == 255
+
+
+def test_a_page_without_ink_stays_as_it_is() -> None:
+    page = np.random.default_rng(0).integers(230, 250, (64, 64), np.uint8)
+    stretched, told = tone.level(page)
+    assert (stretched == page).all()
+    assert (told.black, told.white, told.gamma, told.ink_ratio) == (0, 255, 1.0, 0.0)
+
+
+def test_a_histogram_counts_every_pixel_of_any_height() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (1100, 37), np.uint8)
+    assert (tone.histogram(picture) == np.bincount(picture.ravel(), minlength=256)).all()
+
+
+def test_dark_frames_are_brightened_and_others_are_not(drawing: Drawing) -> None:
+    dark = (drawing.image * 0.2).astype(np.uint8)
+    lighter, is_brightened = tone.brightened(dark, below=0.15)
+    assert is_brightened
+    assert lighter.std() > 1.1 * dark.std()
+    assert engine.draw(dark, SketchConfig()).tone.brightened
+    same, is_brightened = tone.brightened(drawing.image, below=0.15)
+    assert same is drawing.image
+    assert not is_brightened
+    assert not engine.draw(dark, SketchConfig(brighten_below=0)).tone.brightened
 
 
 def test_reduced_keeps_small_pictures() -> None:
@@ -138,7 +145,7 @@ def test_one_picture_becomes_one_file(drawing: Drawing, tmp_path: Path, capsys: 
         (("--image", "", "--output", "lines.png"), "Is a directory"),
         (("--image", "fine.png", "--output", "fine.png"), "is the picture itself"),
         (("--image", "fine.png", "--output", "folder.png"), "folder.png is a folder. Give a file's name."),
-        (("--image", "fine.png", "--output", "text.png/lines.png"), "--output text.png/lines.png: "),
+        (("--image", "fine.png", "--output", "text.png/lines.png"), "text.png is a file, no folder."),
         (("--image", "damaged.png", "--output", "lines.png"), "--image damaged.png: it is damaged: "),
         (("--image", "text.png"), "--image and --output go together"),
         (("--root", "data", "--output", "lines.png"), "--image and --output go together"),

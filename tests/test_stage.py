@@ -22,6 +22,8 @@ from factory.store import DamagedData, NotFinished, Store
 from factory.worker import ATTEMPTS
 from tests import killing
 
+REPO = Path(__file__).parent.parent
+
 
 def test_progress_tells_counts_speed_and_time_left_in_whole_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -181,13 +183,43 @@ def test_what_the_caller_set_for_ray_data_stays(ray_session: str) -> None:
     assert (held.enable_progress_bars, held.print_on_execution_start, held.max_errored_blocks) == before
 
 
+def _in_a_ray_of_its_own(script: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=REPO, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_stage_that_asks_for_more_cores_than_there_are_does_not_wait_for_ever() -> None:
-    script = (
+    told = _in_a_ray_of_its_own(
         "import os, ray; from factory.session import ray_session\n"
         "with ray_session(os.cpu_count() + 3): print(ray.cluster_resources()['CPU'] - os.cpu_count())"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
+    assert told.split() == ["3.0"]
+
+
+def test_a_gpu_that_is_not_there_is_wrong_usage() -> None:
+    told = _in_a_ray_of_its_own(
+        "from factory.session import check_gpus, ray_session; from factory.settings import UsageError\n"
+        "with ray_session(2):\n"
+        "    try: check_gpus(64)\n"
+        "    except UsageError as error: print(error)"
     )
-    assert done.stdout.split() == ["3.0"]
+    assert told == "num_gpus=64, but Ray sees no such GPU on this machine. Give --set num_gpus=0.\n"
+
+
+def test_sketches_are_drawn_on_the_gpu_by_workers_that_stay() -> None:
+    told = _in_a_ray_of_its_own(
+        "import os, ray; from factory import stage; from factory.config import micro\n"
+        "from factory.settings import load\n"
+        "ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level='ERROR', log_to_driver=False)\n"
+        "def task(row): return {'pid': os.getpid(), 'gpus': os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n"
+        "config = load(micro(), None, ['num_gpus=1'])\n"
+        "for name in ('sketch', 'caption'):\n"
+        "    answers = list(stage.run_tasks(name, task, [{'n': n} for n in range(8)], config))\n"
+        "    print({a['gpus'] for a in answers}, len(answers), len({a['pid'] for a in answers}) < 8)\n"
+        "ray.shutdown()"
+    )
+    assert told.splitlines()[-2:] == ["{'0'} 8 True", "{''} 8 True"]

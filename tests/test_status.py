@@ -47,7 +47,7 @@ def _changed(before: dict[str, dict], after: dict[str, dict]) -> set[str]:
         (
             "sketch.converter=xdog",
             "sketch",
-            {"sketch", "sketch_sha256", "ink_ratio", "training_sketch", "thumbnail"},
+            {"sketch", "sketch_sha256", "ink_ratio", "tone", "training_sketch", "thumbnail"},
         ),
     ],
 )

@@ -62,7 +62,9 @@ def test_a_run_logs_every_step_and_writes_sealed_folders(whole: Path, dataset: s
     steps = [record for record in history if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     assert all(0.5 < record["loss"] < 2 for record in steps)  # the noise has variance 1, the base is random
-    assert set(steps[0]) == {"step", "loss", "learning_rate", "samples_per_second", "seconds"}
+    assert set(steps[0]) == {
+        *("step", "loss", "learning_rate", "data_wait", "peak_memory_mib", "samples_per_second", "seconds")
+    }
     validations = {record["step"]: record["validation_loss"] for record in history if "validation_loss" in record}
     assert list(validations) == [0, 3, 6]
 
@@ -92,19 +94,10 @@ def test_only_the_adapter_is_trained(whole: Path, config: TrainerConfig, twin: P
     moved = {key: (end[key] - start[key]).abs().max().item() for key in start}
     assert all(0 < change < 0.05 for change in moved.values()), moved  # AdamW: about 1e-3 a step
     state = load_file(whole / "adapter" / "ip_adapter.safetensors")
-    saved = [tensor for path in (whole / "checkpoints").rglob("*.pt") for tensor in _tensors(path)]
-    assert max(tensor.numel() for tensor in saved) <= sum(tensor.numel() for tensor in state.values())
-
-
-def _tensors(path: Path) -> list[torch.Tensor]:
-    def find(value):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from find(item)
-
-    return list(find(torch.load(path, weights_only=False)))
+    saved = load_file(whole / "checkpoints" / "step-6" / "state" / "optimizer.safetensors")
+    assert saved.keys() == {f"{moment}.{key}" for moment in ("exp_avg", "exp_avg_sq") for key in state}
+    assert all(tensor.shape == state[key.partition(".")[2]].shape for key, tensor in saved.items())
+    assert not [path for path in whole.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]  # nothing to unpickle
 
 
 def test_three_steps_and_again_to_six_equal_six_in_one_go_also_past_a_damaged_checkpoint(
@@ -132,6 +125,20 @@ def test_three_steps_and_again_to_six_equal_six_in_one_go_also_past_a_damaged_ch
     ours, theirs = _weights(tmp_path / "parts", "best"), _weights(whole, "best")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()) == ["step-5", "step-6"]
+
+
+def test_one_worker_goes_on_where_two_stopped_to_the_same_losses(whole: Path, config: TrainerConfig, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
+    changes = {"workers": WorkersConfig(num_workers=1, zero_stage=3), "gradient_accumulation_steps": 1}
+    loop.fit(dataclasses.replace(config, output=str(tmp_path / "run"), **changes))  # type: ignore[arg-type]
+    ours, theirs = _losses(tmp_path / "run"), _losses(whole)
+    assert [step for step, _ in ours] == [1, 2, 3, 4, 5, 6]
+    apart = {step: abs(a - b) for (step, a), (_, b) in zip(ours, theirs, strict=True)}
+    # step 4 is made by the weights, step 5 by the optimizer's state; a random base then blows rounding up, which
+    # tests/test_soak_training.py follows for 20 steps on one that has learned
+    assert apart[4] < 1e-6
+    assert apart[5] < 1e-5
 
 
 def _losses(run: Path, name: str = "loss") -> list[tuple[int, float]]:
@@ -179,7 +186,7 @@ def test_a_finished_run_says_so_and_does_nothing(
         ({"learning_rate": 2e-3}, "learning_rate=0.001"),
         ({"seed": 6}, "seed=5"),
         ({"train_batch_size": 8}, "train_batch_size=4"),
-        ({"workers": WorkersConfig(num_workers=1)}, "num_workers=2"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm=0.0"),
     ],
 )
 def test_a_run_made_otherwise_is_refused_by_the_setting_that_differs(

@@ -24,9 +24,12 @@ EXAMPLES = """examples:
     ray job submit --working-dir . -- python -m trainer fit --preset paper --root s3://bucket/anime \\
         --output /shared/runs/paper --num-workers 8
   the encoders' part computed once, before any number of runs: python -m trainer cache --root /data/anime
-  go on after a crash, or to more steps: the same command again
+  go on after a crash, or to more steps: the same command again, with any number of workers
   a small family of models from nothing, on drawn figures (hours on two cores):
     python -m trainer micro --output /work/micro
+  colour frames from their sketches, with an average of the weights and a sheet of pictures every 500 steps:
+    python -m trainer fit ... --set data.target=image --set data.keywords=false --set ema_decay=0.999 \\
+        --set pictures.steps=500
   another learning rate, no validation:
     python -m trainer fit ... --set learning_rate=5e-5 --set data.validation_samples=0
 
@@ -60,7 +63,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def fit(args: argparse.Namespace) -> int:
     """Train; UNFINISHED when workers failed."""
-    config = _config(args, output=args.output, max_train_steps=args.max_train_steps)
+    config = _config(
+        args,
+        output=args.output,
+        max_train_steps=args.max_train_steps,
+        max_grad_norm=args.max_grad_norm,
+        report_to=args.report_to,
+    )
 
     from ray.exceptions import RayError
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -162,6 +171,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(verb)
     verb.add_argument("--output", metavar="DIR", help="run folder; an unfinished run there is resumed")
     verb.add_argument("--max-train-steps", type=int, metavar="N", help="optimizer steps in all")
+    verb.add_argument("--max-grad-norm", type=float, metavar="NORM", help="shorten longer gradients to it; 0: none")
+    verb.add_argument(
+        "--report-to",
+        choices=["none", "tensorboard", "wandb", "mlflow"],
+        help="where a copy of metrics.jsonl goes (default: none); its package must be installed",
+    )
     verb.set_defaults(run=fit)
 
     verb = verbs.add_parser(

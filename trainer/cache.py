@@ -28,7 +28,7 @@ from factory.files import sha256_file
 from factory.store import state
 from trainer.base import BaseFiles
 from trainer.config import TrainerConfig
-from trainer.data import FITTING, TARGET, Samples
+from trainer.data import FITTING, Samples
 
 TENSORS = ("mean", "std", "text", "features")  # of a row, one after the other
 RECIPE = 1  # raised when the encoders are given other inputs than before: data.square_pixels, backbone.encode_*
@@ -59,9 +59,9 @@ def cache_facts(config: TrainerConfig, samples: Samples, base: BaseFiles, base_h
         "base_weights": base_hash,
         "base_settings": _settings_hash(base),
         "data_files": hashlib.sha256(json.dumps(fragments).encode()).hexdigest(),  # each version has other ones
-        "samples": samples.fingerprint,
-        "columns": [TARGET, config.data.reference],
-        "preprocessing": FITTING,
+        "samples": samples.fingerprint,  # which they are, and their texts: with keywords or without, accepted or all
+        "columns": [config.data.target, config.data.reference],
+        "preprocessing": FITTING[config.data.target],
         "resolution": config.data.resolution,
         "random_flip": config.data.random_flip,
         "mixed_precision": config.mixed_precision,  # what the encoders compute in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +20,12 @@ class DataConfig:
         None  # version or tag of samples.lance; None: the newest when the run starts, then pinned
     )
     resolution: int = 512  # side of the square target, in pixels
-    reference: Literal["training_sketch", "image"] = "training_sketch"  # picture that the image encoder sees
+    target: Literal["training_sketch", "image"] = (
+        "training_sketch"  # column of the picture that is learned: lines, colour
+    )
+    reference: Literal["training_sketch", "image"] = "training_sketch"  # column of what the image encoder sees
+    keywords: bool = True  # texts end with the sample's keywords; those of line art are wrong beside a colour target
+    accepted_only: bool = False  # only samples that a reviewer has accepted
     image_drop_rate: float = 0.05  # share of samples without image, for classifier-free guidance
     text_drop_rate: float = 0.05  # share without text
     both_drop_rate: float = 0.05  # share with neither
@@ -46,11 +52,11 @@ class WorkersConfig:
 
     __pydantic_config__ = STRICT
 
-    num_workers: int = 1  # --num-workers; a run is resumed with as many as it began with
+    num_workers: int = 1  # --num-workers; a run may be resumed with others, to the same losses but for rounding
     use_gpu: bool = False  # one GPU per worker
     cpus_per_worker: float = 0.5  # logical CPUs that Ray reserves per worker, not a number of threads
     num_threads: int = 1  # torch threads per worker; more in all than cores slows everything down
-    zero_stage: Literal[0, 1, 2] = 1  # what DeepSpeed shards: 1 optimizer state, 2 gradients too
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too
     max_failures: int = 0  # lost workers that Ray replaces before the command ends; each resumes from a checkpoint
 
     def __post_init__(self) -> None:
@@ -60,6 +66,35 @@ class WorkersConfig:
             )
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cpus_per_worker must be above 0, got {self.cpus_per_worker}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig:
+    """Pictures that are drawn during training, always the same ones: a sheet in pictures/ of the run folder."""
+
+    __pydantic_config__ = STRICT
+
+    steps: int = 0  # steps between sheets; there is one at the end too; 0: none at all
+    count: int = 4  # pictures of a sheet, of the first held-out samples
+    prompts: tuple[str, ...] = ()  # texts to draw in place of the samples' own, one for each picture
+    references: tuple[str, ...] = ()  # picture files to draw from in place of the samples', one for each picture
+    num_inference_steps: int = 30  # of DDIM
+    guidance_scale: float = 7.5
+    adapter_scale: float = 0.5  # the paper's alpha
+    seed: int = 0  # picture i draws its noise from seed + i, as the server does
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not 1 <= self.num_inference_steps <= 999:
+            raise ValueError(
+                f"steps must be 0 or more, num_inference_steps from 1 to 999, got {self.steps}, "
+                f"{self.num_inference_steps}."
+            )
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}; steps=0 draws no pictures.")
+        for name in ("prompts", "references"):
+            given = getattr(self, name)
+            if given and len(given) != self.count:
+                raise ValueError(f"{name} must be {self.count}, one for each picture (count), got {len(given)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +111,14 @@ class TrainerConfig:
     data: DataConfig = field(default_factory=DataConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     alignment_steps: int = 0  # before the first step, a new adapter learns from the texts' states (trainer/align.py)
-    learning_rate: float = 1e-4  # constant, no warm-up
+    learning_rate: float = 1e-4  # the highest one
+    lr_scheduler: Literal["constant", "constant_with_warmup", "cosine"] = "constant"  # cosine: to 0 at max_train_steps
+    lr_warmup_steps: int = 0  # in which the learning rate rises from 0, for the latter two
     weight_decay: float = 0.01  # of AdamW
+    max_grad_norm: float = 0.0  # a longer gradient is shortened to it; 0: none; --max-grad-norm
+    snr_gamma: float = 0.0  # min-SNR weighting of the time steps (Hang et al. 2023, where it is 5); 0: none
+    noise_offset: float = 0.0  # of noise that is the same all over a channel, added to the noise; 0: none
+    ema_decay: float = 0.0  # of the average of the weights that is then scored and published in their place; 0: none
     max_train_steps: int = 1000  # optimizer steps; raise it and run again to go on
     train_batch_size: int = 8  # samples per optimizer step, over all workers and accumulation steps
     gradient_accumulation_steps: int = 1  # parts that a worker splits its share of the batch into
@@ -88,6 +129,8 @@ class TrainerConfig:
     checkpoints_total_limit: int = 2  # checkpoints that are kept
     validation_steps: int = 500  # steps between validations; there is one at the start and one at the end too
     logging_steps: int = 10  # steps between printed lines; metrics.jsonl has every step
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"  # gets a copy of metrics.jsonl; --report-to
 
     def __post_init__(self) -> None:
         for name in (
@@ -103,11 +146,15 @@ class TrainerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.alignment_steps < 0:
             raise ValueError(f"alignment_steps must be 0 or more, got {self.alignment_steps}.")
-        if self.learning_rate <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"learning_rate must be above 0 and weight_decay 0 or more, got {self.learning_rate}, "
-                f"{self.weight_decay}."
-            )
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        for name in ("lr_warmup_steps", "weight_decay", "max_grad_norm", "snr_gamma", "noise_offset", "ema_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.ema_decay >= 1:
+            raise ValueError(f"ema_decay must be below 1, got {self.ema_decay}.")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("lr_warmup_steps needs lr_scheduler=constant_with_warmup or cosine.")
         parts = self.workers.num_workers * self.gradient_accumulation_steps
         if self.train_batch_size % parts:
             raise ValueError(
@@ -145,6 +192,7 @@ def paper() -> TrainerConfig:
         mixed_precision="bf16",
         checkpointing_steps=2_000,
         validation_steps=2_000,
+        pictures=PicturesConfig(steps=10_000),
     )
 
 

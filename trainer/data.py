@@ -23,10 +23,19 @@ from torch import Tensor
 from factory.caption import sample_text
 from trainer.config import DataConfig
 
-TARGET = "training_sketch"
-FITTING = "padded with white to a square, nothing cut off; area-averaged down or bicubic up to the resolution; [-1,1]"
-_COLUMNS = ("frame_id", TARGET, "caption", "keywords", "split", "selected")
-_VERB = {TARGET: "sketch", "caption": "caption", "keywords": "caption", "split": "select", "selected": "select"}
+_SIZED = "to a square; area-averaged down or bicubic up to the resolution; [-1,1]"
+FITTING = {  # how a target becomes a square
+    "training_sketch": f"padded with white, nothing cut off, {_SIZED}",
+    "image": f"cropped about its centre {_SIZED}",
+}
+_COLUMNS = ("frame_id", "caption", "keywords", "split", "selected")
+_VERB = {
+    "training_sketch": "sketch",
+    "caption": "caption",
+    "keywords": "caption",
+    "split": "select",
+    "selected": "select",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +44,7 @@ class Sample:
 
     frame_id: str
     text: str  # "{caption}, {keywords}"
-    target: Tensor  # the sketch (3,H,W) in [-1,1]
+    target: Tensor  # the picture that is learned, the sketch by default: (3,H,W) in [-1,1]
     reference: Image.Image  # what the image encoder sees, whole and unpadded
 
 
@@ -61,14 +70,15 @@ class Samples:
         self.version: int = self.dataset.version
         rows = self.dataset.to_table(
             columns=["frame_id", "caption", "keywords"],
-            filter=f"selected AND split = '{split}' AND {TARGET} IS NOT NULL",
+            filter=" AND ".join((*_wanted(config), f"split = '{split}'", *_pictured(config))),
             with_row_id=True,
         ).sort_by("frame_id")
         if not rows.num_rows:
             raise ValueError(_why_empty(self.dataset, split, config))
         self.frame_ids: list[str] = rows["frame_id"].to_pylist()
         self._row_ids: list[int] = rows["_rowid"].to_pylist()
-        captions, keywords = rows["caption"].to_pylist(), rows["keywords"].to_pylist()
+        captions = rows["caption"].to_pylist()
+        keywords = rows["keywords"].to_pylist() if config.keywords else [None] * len(captions)
         self.texts = [sample_text(caption, words) for caption, words in zip(captions, keywords, strict=True)]
 
     def __len__(self) -> int:
@@ -82,14 +92,14 @@ class Samples:
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
         """Return the samples at `indices` (0 to len - 1) in order; ValueError naming the row that can't be decoded."""
-        targets = self._pictures(TARGET, indices)
-        same = self.config.reference == TARGET
-        references = targets if same else self._pictures(self.config.reference, indices)
+        columns = dict.fromkeys((self.config.target, self.config.reference))  # each once: they may be the same
+        pictures = {column: self._pictures(column, indices) for column in columns}
+        targets, references = pictures[self.config.target], pictures[self.config.reference]
         return [
             Sample(
                 frame_id=self.frame_ids[i],
                 text=self.texts[i],
-                target=square_pixels(target, self.config.resolution),
+                target=target_pixels(target, self.config),
                 reference=reference,
             )
             for i, target, reference in zip(indices, targets, references, strict=True)
@@ -132,11 +142,28 @@ def open_samples(config: DataConfig) -> lance.LanceDataset:
                 f"Table {uri!r} has no version or tag {config.version!r}; its newest version is {dataset.version}. "
                 "Give --set data.version=..., or another --output to train on the newest."
             ) from None
-    for column in dict.fromkeys((*_COLUMNS, config.reference)):
+    if config.accepted_only and "review" not in dataset.schema.names:
+        raise ValueError(
+            f"Table {uri!r} has no column 'review': nothing says which samples are accepted. Train on all: "
+            "--set data.accepted_only=false"
+        )
+    for column in dict.fromkeys((*_COLUMNS, config.target, config.reference)):
         if column not in dataset.schema.names:
             command = _command(_VERB.get(column, "build"), config.root)
             raise ValueError(f"Table {uri!r} has no column {column!r}. Run: {command}")
     return dataset
+
+
+def target_pixels(picture: Image.Image, config: DataConfig) -> Tensor:
+    """Return pixels (3,H,W) in [-1,1] of an RGB picture of the target's column, fitted to the resolution by FITTING.
+
+    A colour frame is cropped about its centre, as the pictures were that Stable Diffusion has learned from: bars beside
+    it would be learned too. The reference is not: the encoder sees it whole, also what the target has lost.
+    """
+    if config.target == "image":
+        side = min(picture.size)
+        picture = ImageOps.fit(picture, (side, side))
+    return square_pixels(picture, config.resolution)
 
 
 def square_pixels(picture: Image.Image, side: int) -> Tensor:
@@ -162,16 +189,20 @@ def share(count: int, rank: int, world_size: int) -> range:
     return range(rank * part, (rank + 1) * part)
 
 
-def draw(seed: int, step: int, place: int, latent: tuple[int, int, int], config: DataConfig) -> Draw:
+def draw(
+    seed: int, step: int, place: int, latent: tuple[int, int, int], config: DataConfig, noise_offset: float = 0.0
+) -> Draw:
     """Return what is drawn for the sample at `place` in the global batch of `step`; `latent` is (4,h,w).
 
-    One uniform number decides the drops, as in tutorial_train_plus.py: image, then text, then both.
+    One uniform number decides the drops, as in tutorial_train_plus.py: image, then text, then both. Where asked, each
+    channel of the noise gets `noise_offset` times a standard normal number (Guttenberg 2023, "Diffusion with Offset
+    Noise"; train_text_to_image.py).
     """
     generator = generator_of(seed, "train", step, place)
     u = torch.rand((), generator=generator).item()
     image, text = config.image_drop_rate, config.image_drop_rate + config.text_drop_rate
     both = text + config.both_drop_rate
-    return Draw(
+    drawn = Draw(
         drop_image=u < image or text <= u < both,
         drop_text=image <= u < both,
         timestep=int(torch.randint(0, 1000, (), generator=generator)),
@@ -179,6 +210,10 @@ def draw(seed: int, step: int, place: int, latent: tuple[int, int, int], config:
         noise_4hw=torch.randn(latent, generator=generator),
         flip=config.random_flip and torch.rand((), generator=generator).item() < 0.5,
     )
+    if noise_offset:
+        offset_411 = torch.randn(latent[0], 1, 1, generator=generator_of(seed, "offset", step, place))
+        drawn = replace(drawn, noise_4hw=drawn.noise_4hw + noise_offset * offset_411)
+    return drawn
 
 
 def flipped(samples: Sequence[Sample], flips: Sequence[bool]) -> list[Sample]:
@@ -200,16 +235,33 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return torch.randperm(length, generator=generator_of(seed, "order", epoch)).numpy()
 
 
+def _wanted(config: DataConfig) -> list[str]:
+    """Return the conditions on a row that the dataset's makers have decided."""
+    return ["selected", *(["review = 'accepted'"] if config.accepted_only else [])]
+
+
+def _pictured(config: DataConfig) -> list[str]:
+    return [f"{column} IS NOT NULL" for column in dict.fromkeys((config.target, config.reference))]
+
+
 def _why_empty(dataset: lance.LanceDataset, split: str, config: DataConfig) -> str:
     """Return the message for a split without rows: what is missing, and what to do."""
     table = f"Table {dataset.uri!r} has"
     at = f"at version {dataset.version}."
+    wanted = " AND ".join(_wanted(config))
     if not dataset.count_rows():
         return f"{table} no rows {at} Run: {_command('build', config.root)}"
     if not dataset.count_rows("selected"):
         return f"{table} no selected rows {at} Run: {_command('select', config.root)}"
-    if dataset.count_rows(f"selected AND split = '{split}'"):
-        message = f"{table} no row of split {split!r} with a {TARGET} {at} Run: {_command('sketch', config.root)}"
+    if not dataset.count_rows(wanted):
+        return f"{table} no selected row that is accepted {at} Review it, or train on all: {_ALL}"
+    if dataset.count_rows(f"{wanted} AND split = '{split}'"):
+        absent = [column for column in (config.target, config.reference) if not _count(dataset, split, column, wanted)]
+        column = absent[0] if absent else f"{config.target} and {config.reference}"
+        message = f"{table} no row of split {split!r} with {column} {at} "
+        message += f"Run: {_command('build' if column == 'image' else 'sketch', config.root)}"
+    elif config.accepted_only and dataset.count_rows(f"selected AND split = '{split}'"):
+        message = f"{table} no accepted row of split {split!r} {at} Review it, or train on all: {_ALL}"
     else:  # a film keeps its split, so that the same root can't be split anew
         films = 'split.holdout=["FILM.mkv"]' if split == "validation" else "split.validation_share=0"
         message = f"{table} no selected rows with split {split!r} {at} "
@@ -217,6 +269,13 @@ def _why_empty(dataset: lance.LanceDataset, split: str, config: DataConfig) -> s
     if split == "validation":
         message += " — or train without validation: --set data.validation_samples=0"
     return message
+
+
+_ALL = "--set data.accepted_only=false"
+
+
+def _count(dataset: lance.LanceDataset, split: str, column: str, wanted: str) -> int:
+    return dataset.count_rows(f"{wanted} AND split = '{split}' AND {column} IS NOT NULL")
 
 
 def _command(verb: str, root: str) -> str:

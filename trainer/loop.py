@@ -23,7 +23,9 @@ from trainer.base import find_base, name_of
 from trainer.cache import cache_facts, find_cache, key_of
 from trainer.config import TrainerConfig
 from trainer.data import FITTING, Samples
+from trainer.pictures import asked
 from trainer.run import Run, code_version
+from trainer.tracker import check, open_tracker
 
 ENVIRONMENT = {  # of processes that load models
     "TOKENIZERS_PARALLELISM": "false",
@@ -77,16 +79,20 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
     if step == 0:
         validate()
     while step < config.max_train_steps:
-        loss = worker.step(step)
+        if log:
+            log.goes_on()
+        done = worker.step(step)
         step += 1
         if log:
-            log.stepped(step, loss)
+            log.stepped(step, done)
         last = step == config.max_train_steps
         if last or step % config.validation_steps == 0:
             validate()
+        if config.pictures.steps and (last or step % config.pictures.steps == 0):
+            worker.draw_pictures(step)
         if last or step % config.checkpointing_steps == 0:
             worker.save(step)
-            ray.train.report({"step": step, "loss": loss})  # a barrier: every worker reports equally often
+            ray.train.report({"step": step, "loss": done["loss"]})  # a barrier: every worker reports equally often
 
 
 class _Log:
@@ -95,7 +101,10 @@ class _Log:
     def __init__(self, config: TrainerConfig, first: int) -> None:
         self.config, self.first = config, first
         self.run = Run(config.output)
-        self.start = self.before = time.monotonic()
+        self.report = open_tracker(
+            config.report_to, self.run, first, {name: getattr(config, name) for name in _SETTINGS}
+        )
+        self.start = self.before = time.monotonic()  # the start of the run, and of a step
         workers = config.workers
         print(
             f"{'Resumed at' if first else 'Starting from'} step {first} of {config.max_train_steps}: "
@@ -103,30 +112,29 @@ class _Log:
             flush=True,
         )
 
-    def stepped(self, step: int, loss: float) -> None:
+    def stepped(self, step: int, done: dict[str, float]) -> None:
         """Record optimizer step `step` (from 1)."""
         now = time.monotonic()
         seconds, self.before = now - self.before, now
         speed = self.config.train_batch_size / seconds
-        self.run.log(
-            {
-                "step": step,
-                "loss": loss,
-                "learning_rate": self.config.learning_rate,
-                "samples_per_second": round(speed, 3),
-                "seconds": round(seconds, 4),
-            }
-        )
+        self._log(step, {**done, "samples_per_second": round(speed, 3), "seconds": round(seconds, 4)})
         if step % self.config.logging_steps == 0 or step in (self.first + 1, self.config.max_train_steps):
             left = (now - self.start) / (step - self.first) * (self.config.max_train_steps - step)
-            total = self.config.max_train_steps
+            total, loss = self.config.max_train_steps, done["loss"]
             print(f"step {step}/{total}  loss {loss:.4f}  {speed:.1f} samples/s  {_clock(left)} left", flush=True)
 
     def validated(self, step: int, loss: float) -> None:
         """Record the validation loss after `step` steps."""
-        self.run.log({"step": step, "validation_loss": loss})
+        self._log(step, {"validation_loss": loss})
         print(f"step {step}/{self.config.max_train_steps}  validation loss {loss:.4f}", flush=True)
+
+    def goes_on(self) -> None:
+        """Begin to count the seconds of the next step: what came before is not part of it."""
         self.before = time.monotonic()
+
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
+        self.run.log({"step": step, **numbers})
+        self.report(step, numbers)
 
 
 def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> None:
@@ -166,6 +174,10 @@ def _absolute(config: TrainerConfig) -> TrainerConfig:
         absolute_inputs(config),
         output=absolute(config.output, "--output"),
         adapter=config.adapter and absolute(config.adapter, "adapter"),
+        pictures=dataclasses.replace(
+            config.pictures,
+            references=tuple(absolute(path, "pictures.references") for path in config.pictures.references),
+        ),
     )
 
 
@@ -202,6 +214,9 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
     samples = Samples(config.data, "train")
     if config.data.validation_samples:
         Samples(config.data, "validation")  # says now, not on a worker, when there is none
+    if config.pictures.steps:
+        asked(config)
+    check(config.report_to)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, version=samples.version))
     base = find_base(config.pretrained_model_name_or_path, config.image_encoder)
     base_hash = base.hash()
@@ -215,8 +230,8 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
             "resampler_dim": config.resampler_dim,
             "dataset_version": samples.version,
             "dataset_fingerprint": samples.fingerprint,
-            "num_workers": config.workers.num_workers,
-            "zero_stage": config.workers.zero_stage,
+            # a cosine ends at the last step: another one would change the steps before it
+            "max_train_steps": config.max_train_steps if config.lr_scheduler == "cosine" else None,
             **{f"data.{name}": getattr(config.data, name) for name in _DATA_SETTINGS},
             **{name: getattr(config, name) for name in _SETTINGS},
         }
@@ -224,10 +239,11 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
     facts = {
         "base": {"id": base.id, "weights_hash": base_hash},
         "dataset": {"uri": name_of(config.data.root), "version": samples.version, "tag": tag, "samples": len(samples)},
-        "training": {name: getattr(config, name) for name in _SETTINGS},
+        "training": {name: getattr(config, name) for name in (*_SETTINGS, "gradient_accumulation_steps")},
         "preprocessing": {
-            "target": FITTING,
+            "target": FITTING[config.data.target],
             "resolution": config.data.resolution,
+            "target_column": config.data.target,
             "reference_column": config.data.reference,
         },
         "code_version": code_version(),
@@ -239,12 +255,27 @@ _SETTINGS = (  # what the trained weights depend on
     "seed",
     "alignment_steps",
     "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
     "weight_decay",
+    "max_grad_norm",
+    "snr_gamma",
+    "noise_offset",
+    "ema_decay",
     "train_batch_size",
-    "gradient_accumulation_steps",
     "mixed_precision",
 )
-_DATA_SETTINGS = ("resolution", "reference", "image_drop_rate", "text_drop_rate", "both_drop_rate", "random_flip")
+_DATA_SETTINGS = (
+    "resolution",
+    "target",
+    "reference",
+    "keywords",
+    "accepted_only",
+    "image_drop_rate",
+    "text_drop_rate",
+    "both_drop_rate",
+    "random_flip",
+)
 
 
 def _adapter_hash(name_or_path: str) -> str:

@@ -1,6 +1,9 @@
-"""Muon for a model's matrices and AdamW for the rest: what trains fastest here where seconds count."""
+"""Muon for a model's matrices and AdamW for the rest: what trains fastest here where seconds count; and the rates that
+change from step to step."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
@@ -23,3 +26,24 @@ def muon_and_adamw(
         torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True),
     ]
+
+
+def learning_rate_at(step: int, *, learning_rate: float, scheduler: str, warmup: int, total: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) of `total`, as diffusers' schedulers of that name.
+
+    "constant"; "constant_with_warmup": linear from 0 in the first `warmup` steps; "cosine": that, then half a cosine
+    to 0.
+    """
+    if scheduler != "constant" and step < warmup:
+        return learning_rate * step / warmup
+    if scheduler != "cosine":
+        return learning_rate
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def ema_decay_at(step: int, ema_decay: float) -> float:
+    """Return the share of the old average that is kept after optimizer step `step` (from 0), as diffusers' EMAModel.
+
+    min(ema_decay, (1 + step) / (10 + step)), and 0 after the first: a short run is not left with its start.
+    """
+    return min(ema_decay, (1 + step) / (10 + step)) if step else 0.0

@@ -1,8 +1,9 @@
 """The run folder of contract 2: what a run was made with, its checkpoints and its metrics. Light: no model library.
 
 run.json               what the run was made with; a command that differs in it is refused
-metrics.jsonl          one line per step: loss; one per validation; before them, at step 0, one per alignment step
-checkpoints/step-N/    sealed: adapter/, and state/ with DeepSpeed's optimizer state
+metrics.jsonl          one line per step (`Worker.step`) and per validation; before them, at step 0, per alignment step
+checkpoints/step-N/    sealed: adapter/, and state/ with the optimizer's, and run.json
+pictures/              sheets of validation pictures, one per step at which they were asked for
 adapter/ best/         the newest complete adapter, and the one with the lowest validation loss
 """
 
@@ -84,14 +85,14 @@ class Run:
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint folder, newest first; their seals are not checked."""
-        found = (self.folder / "checkpoints").glob("step-*")
-        return sorted((int(path.name.removeprefix("step-")) for path in found), reverse=True)
+        found = (path.name.removeprefix("step-") for path in (self.folder / "checkpoints").glob("step-*"))
+        return sorted((int(number) for number in found if number.isdecimal()), reverse=True)  # not "step-3 (copy)"
 
     def newest(self) -> int:
         """Return the step of the newest checkpoint whose seal is right, 0 without one; damaged ones are named."""
         for step in self.steps():
             try:
-                check_sealed(self.checkpoint(step))
+                check_sealed(self.checkpoint(step), exact=True)
             except DamagedFolder as error:
                 print(f"Checkpoint step-{step} is damaged and not used: {error}", flush=True)
                 continue

@@ -6,31 +6,38 @@ Imported in Ray Train workers only, after Ray has set DS_ACCELERATOR: DeepSpeed 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import resource
+import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from factory.files import new_folder
-from trainer.adapter import Adapter, AdapterConfig
+from factory.files import new_folder, write_atomic
+from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, cross_attention
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import load_backbone
 from trainer.cache import Cache
 from trainer.config import TrainerConfig
 from trainer.data import Draw, Samples, batch_indices, draw, generator_of, share
 from trainer.encoders import Encoders, Source, with_drops
-from trainer.loss import add_noise, noise_loss
+from trainer.engine import load_optimizer_state, make_engine, optimizer_state, set_learning_rate, whole_parameters
+from trainer.loss import add_noise, min_snr_weights, noise_loss
+from trainer.optimizers import ema_decay_at, learning_rate_at
+from trainer.pictures import asked, draw_picture, write_sheet
 from trainer.run import Run
 
-TAG = "zero"  # folder of DeepSpeed's files within state/
+STATE = "state/optimizer.safetensors"  # of a checkpoint: AdamW's moments; with an average, the weights too
 T = TypeVar("T")
 RECORDED = 16  # samples of a pass whose queries the alignment takes
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
@@ -71,16 +78,26 @@ class Worker:
         self.source: Source = Encoders(self.base, self.samples)
         if cache:
             self.source = Cache(cache, self.samples.frame_ids, device=device, dtype=self.base.unet.dtype)
-        self.waited = 0.0  # s that steps have waited for data so far
         adapter = self._new_adapter()
-        adapter.attach(self.base.unet)
         self._ahead = ThreadPoolExecutor(1)  # reads the next batch while this one trains
         self._next: tuple[int, Future[tuple[list[Draw], list[Any]]]] | None = None
+        self._waited = 0.0  # seconds that a step has waited for its samples
         self._newest = self._of_rank_0(self.run.newest)  # step of the checkpoint that this run goes on from
+        state = self._load(adapter) if self._newest else {}
+        adapter.attach(self.base.unet)
         if config.alignment_steps and not config.adapter and not self._newest:
             self._align(adapter)
-        self.engine = _engine(adapter, config)
+        # what is scored and published, where that is not the adapter in training itself: whole on every rank
+        self._copy: Adapter | None = None
+        if config.ema_decay or config.workers.zero_stage == 3:
+            self._copy = copy.deepcopy(adapter).requires_grad_(False)
+        if weights := {name.removeprefix("weight."): value for name, value in state.items() if name[:7] == "weight."}:
+            adapter.load_state_dict(weights)
+        self.engine = make_engine(adapter, config)
+        if state:
+            load_optimizer_state(self.engine, state, self._newest)
         self._validation: list[tuple[Tensor, ...]] | None = None
+        self._asked: list[tuple[str, Image.Image]] | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -88,30 +105,52 @@ class Worker:
         return self.engine.module
 
     def resume(self) -> int:
-        """Restore the newest good checkpoint, drop metrics after it, and return its step; 0 for a new run."""
-        step = self._newest
+        """Drop metrics after the newest good checkpoint, which is loaded, and return its step; 0 for a new run."""
         if self.rank == 0:
-            self.run.rewind(step)
-        if step:
-            # DeepSpeed unpickles: only ever our own folder, whose seal `newest` has just checked
-            self.engine.load_checkpoint(str(self.run.checkpoint(step) / "state"), tag=TAG)
-        return step
+            self.run.rewind(self._newest)
+        return self._newest
 
-    def step(self, step: int) -> float:
-        """Take optimizer step `step` (from 0) on its global batch and return the mean loss over it."""
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (from 0)."""
+        config = self.config
+        return learning_rate_at(
+            step,
+            learning_rate=config.learning_rate,
+            scheduler=config.lr_scheduler,
+            warmup=config.lr_warmup_steps,
+            total=config.max_train_steps,
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        """Take optimizer step `step` (from 0) on its global batch and return what is to be logged of it.
+
+        loss, the mean over the batch; data_wait, seconds that the slowest rank waited for its samples; peak_memory_mib,
+        of the rank with most so far: on a GPU, that of torch; else that of the process.
+        """
         size, accumulate = self.config.train_batch_size, self.config.gradient_accumulation_steps
         places = share(size, self.rank, self.world_size)
         draws, samples = self._read(step, places)
         part = len(places) // accumulate
         total = torch.zeros((), device=self.device)
+        set_learning_rate(self.engine, rate := self.learning_rate(step))
         for start in range(0, len(places), part):
             batch = self._encode(samples[start : start + part], draws[start : start + part])
-            loss = self._loss(self.engine, batch)
+            loss = self._loss(self.engine, batch, self.config.snr_gamma)
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach() / accumulate
-        dist.all_reduce(total)
-        return total.item() / self.world_size
+        if self.config.ema_decay:
+            self._average(1 - ema_decay_at(step, self.config.ema_decay))
+        mine = torch.tensor([total.item(), self._waited, _peak_memory(self.device)], dtype=torch.float64)
+        ranks = [torch.zeros_like(mine, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(ranks, mine.to(self.device))
+        losses, waits, peaks = torch.stack(ranks, dim=1).tolist()
+        return {
+            "loss": sum(losses) / self.world_size,
+            "learning_rate": rate,
+            "data_wait": round(max(waits), 4),
+            "peak_memory_mib": round(max(peaks)),
+        }
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -119,10 +158,10 @@ class Worker:
         if self._validation is None:
             self._validation = self._held_out()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in self._validation:
-            with self.autocast:
-                loss = self._loss(self.adapter, batch)
-            total += torch.tensor([loss.item() * len(batch[0]), len(batch[0])], device=self.device)
+        with self._published() as adapter, self.autocast:
+            for batch in self._validation:
+                loss = self._loss(adapter, batch)
+                total += torch.tensor([loss.item() * len(batch[0]), len(batch[0])], device=self.device)
         dist.all_reduce(total)
         dist.broadcast(total, 0)  # all ranks decide by it what is best: it must be one number to the last bit
         return (total[0] / total[1]).item()
@@ -131,28 +170,73 @@ class Worker:
         """Return the lowest validation loss of the run so far, as rank 0 reads it, on every rank."""
         return self._of_rank_0(self.run.best_loss)
 
-    def save(self, step: int) -> None:
-        """Write checkpoints/step-N aside, every rank its state, rank 0 the adapter; then seal, rename, prune."""
-        with contextlib.ExitStack() as stack:
-            aside: list[Any] = [None]
+    def draw_pictures(self, step: int) -> None:
+        """Write the sheet pictures/step-N.png on rank 0, from the adapter as it is."""
+        config = self.config.pictures
+        with self._published() as adapter, self.autocast:
             if self.rank == 0:
-                aside[0] = stack.enter_context(new_folder(self.run.checkpoint(step)))
-                self.adapter.save_pretrained(aside[0] / "adapter", **self.facts, step=step)
-            dist.broadcast_object_list(aside)
-            self.engine.save_checkpoint(str(Path(aside[0]) / "state"), tag=TAG, client_state={"step": step})
-            dist.barrier()  # all files are there: rank 0 seals and renames on leaving
-        if self.rank == 0:
-            self.run.publish_adapter(step)
-            self.run.prune(self.config.checkpoints_total_limit, step)
+                self._asked = self._asked or asked(self.config)
+                side, rows = self.config.data.resolution, []
+                for i, (prompt, reference) in enumerate(self._asked):
+                    seed = config.seed + i
+                    made = draw_picture(self.base, adapter, prompt, reference, config, side=side, seed=seed)
+                    rows.append((reference, made))
+                write_sheet(rows, self.run.folder / "pictures" / f"step-{step}.png")
+        dist.barrier()
+
+    def save(self, step: int) -> None:
+        """Write checkpoints/step-N aside on rank 0, the adapter and its state; then seal, rename, prune."""
+        state = optimizer_state(self.engine)
+        if self.config.ema_decay:
+            with whole_parameters(self.engine):
+                weights = {name: value.detach().cpu().clone() for name, value in self.adapter.named_parameters()}
+            state |= {f"weight.{name}": value for name, value in weights.items()}
+        with self._published() as adapter:
+            if self.rank == 0:
+                with new_folder(self.run.checkpoint(step)) as aside:
+                    adapter.save_pretrained(aside / "adapter", **self.facts, step=step)
+                    write_atomic(aside / STATE, save(state))
+                    shutil.copyfile(self.run.folder / "run.json", aside / "run.json")
+                self.run.publish_adapter(step)
+                self.run.prune(self.config.checkpoints_total_limit, step)
         dist.barrier()
 
     def save_best(self, step: int, validation_loss: float) -> None:
         """Write best/ from the adapter as it is."""
-        if self.rank == 0:
-            self.adapter.save_pretrained(
-                self.run.folder / "best", **self.facts, step=step, validation_loss=validation_loss
-            )
+        with self._published() as adapter:
+            if self.rank == 0:
+                folder = self.run.folder / "best"
+                adapter.save_pretrained(folder, **self.facts, step=step, validation_loss=validation_loss)
         dist.barrier()
+
+    @contextlib.contextmanager
+    def _published(self) -> Iterator[Adapter]:
+        """Yield the adapter that is scored and published, attached to the UNet: the average, or that in training."""
+        if self._copy is None:
+            yield self.adapter
+            return
+        if not self.config.ema_decay:
+            self._average(1.0)
+        self._copy.attach(self.base.unet)
+        try:
+            yield self._copy
+        finally:  # not by attach: it compares shapes, and ZeRO-3 leaves none
+            for key, attention in cross_attention(self.base.unet).items():
+                attention.set_processor(self.adapter.ip_adapter[key])
+
+    @torch.no_grad()
+    def _average(self, share: float) -> None:
+        """Move the copy by `share` of the way to the adapter in training."""
+        assert self._copy is not None
+        with whole_parameters(self.engine):
+            for average, parameter in zip(self._copy.parameters(), self.adapter.parameters(), strict=True):
+                average.lerp_(parameter, share)
+
+    def _load(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Load the weights of the newest checkpoint into a new adapter, and return the state beside them."""
+        folder = self.run.checkpoint(self._newest)
+        adapter.load_state_dict(load_file(folder / "adapter" / WEIGHTS))
+        return load_file(folder / STATE)
 
     def _of_rank_0(self, read: Callable[[], T]) -> T:
         """Return what `read` gives on rank 0: files change under the other ranks, and all must decide alike."""
@@ -213,18 +297,18 @@ class Worker:
 
     def _read(self, step: int, places: Sequence[int]) -> tuple[list[Draw], list[Any]]:
         """Return this rank's draws and samples of `step`, and begin to read those of the next."""
-        begun = time.perf_counter()
-        there = self._next[1] if self._next and self._next[0] == step else self._ahead.submit(self._drawn, step, places)
-        read = there.result()
+        ahead = self._next[1] if self._next and self._next[0] == step else self._ahead.submit(self._drawn, step, places)
+        begun = time.monotonic()
+        read = ahead.result()
+        self._waited = time.monotonic() - begun
         self._next = (step + 1, self._ahead.submit(self._drawn, step + 1, places))
-        self.waited += time.perf_counter() - begun
         return read
 
     def _drawn(self, step: int, places: Sequence[int]) -> tuple[list[Draw], list[Any]]:
         """Return draws and samples at `places` of the global batch of `step`."""
         seed, data = self.config.seed, self.config.data
         indices = batch_indices(seed, step, self.config.train_batch_size, len(self.samples))
-        draws = [draw(seed, step, place, self.latent, data) for place in places]
+        draws = [draw(seed, step, place, self.latent, data, self.config.noise_offset) for place in places]
         return draws, self.source.read([indices[place] for place in places], [d.flip for d in draws])
 
     def _encode(
@@ -247,9 +331,10 @@ class Worker:
         text = with_drops(self.null_1TC, samples, [d.drop_text for d in draws], source.texts)
         return text, with_drops(self.null_1NE, samples, [d.drop_image for d in draws], source.features)
 
-    def _loss(self, model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+    def _loss(self, model: Any, batch: tuple[Tensor, ...], snr_gamma: float = 0.0) -> Tensor:
         noisy, timesteps, text, hidden, noise = batch
-        return noise_loss(model(self.base.unet, noisy, timesteps, text, hidden), noise)
+        weights = min_snr_weights(self.scheduler, timesteps, snr_gamma) if snr_gamma else None
+        return noise_loss(model(self.base.unet, noisy, timesteps, text, hidden), noise, weights)
 
     def _held_out(self) -> list[tuple[Tensor, ...]]:
         """Return this rank's encoded validation batches: each picture at each of QUANTILES, nothing dropped."""
@@ -276,21 +361,9 @@ class Worker:
         return batches
 
 
-def _engine(adapter: Adapter, config: TrainerConfig) -> Any:
-    """Return a DeepSpeed engine over the adapter alone: the frozen base stays outside, hence out of checkpoints too."""
-    # on CPUs DeepSpeed would compile a shared-memory op to set up communication: gloo serves, and needs no compiler
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    parts = dist.get_world_size() * config.gradient_accumulation_steps
-    bf16 = config.mixed_precision == "bf16"
-    settings = {
-        "train_batch_size": config.train_batch_size,
-        "train_micro_batch_size_per_gpu": config.train_batch_size // parts,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0; the recipe has none
-        "zero_optimization": {"stage": config.workers.zero_stage},
-        # no "safe modules": gradients are exchanged in fp32
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        "steps_per_print": 1 << 30,
-    }
-    return deepspeed.initialize(model=adapter, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+def _peak_memory(device: torch.device) -> float:
+    """Return MiB that torch has held at most on a GPU; elsewhere those that this process has."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

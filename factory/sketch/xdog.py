@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from factory.settings import STRICT
+from factory.sketch.converter import Converter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class XDoGConfig:
     __pydantic_config__ = STRICT
 
     # Width of the lines: standard deviation of the inner Gaussian, in pixels of a picture with a short side of 512.
-    sigma: float = 0.9
+    sigma: float = 0.45
     # The outer Gaussian is this many times as wide (the paper's 1.6 approximates the Laplacian of Gaussian).
     k: float = 1.6
     # Strength of the edge against the tone.
@@ -33,7 +34,7 @@ class XDoGConfig:
             raise ValueError(f"xdog needs sigma > 0, k > 1 and phi > 0, got {self.sigma}, {self.k}, {self.phi}.")
 
 
-class XDoG:
+class XDoG(Converter):
     """The converter: RGB to lines by a sharpened difference of two Gaussians and a soft threshold."""
 
     def __init__(self, config: XDoGConfig, *, short_side: int) -> None:
@@ -42,8 +43,10 @@ class XDoG:
         self._sigma = max(0.3, config.sigma * short_side / 512)
         self.halo = math.ceil(4 * self._sigma * config.k) + 1  # pixels around a tile that its lines depend on
 
-    def __call__(self, tile: np.ndarray) -> np.ndarray:
-        """Return lines H,W float32 in [0, 1], ink 0 on paper 1, of the RGB uint8 `tile` H,W,3."""
+    def __call__(self, tiles_BHW3: np.ndarray) -> np.ndarray:
+        return np.stack([self._lines(tile) for tile in tiles_BHW3])
+
+    def _lines(self, tile: np.ndarray) -> np.ndarray:
         c = self._config
         grey = cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
         sharp = (1 + c.p) * self._blur(grey, self._sigma) - c.p * self._blur(grey, self._sigma * c.k)

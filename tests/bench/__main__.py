@@ -19,28 +19,38 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 
 def main(names: list[str]) -> int:
-    """Print the tables named; return the exit code. Without names all but `cuts`, an hour long, and `cuts-live`."""
+    """Print the tables named; return the exit code. Without names all but `cuts`, `large` and `cuts-live`."""
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     from tests.bench.cores import cores
     from tests.bench.cuts import cuts
     from tests.bench.cuts_live import cuts_live
     from tests.bench.decoding import decoding
     from tests.bench.duplicates import duplicates
+    from tests.bench.large import large
     from tests.bench.reading import reading
     from tests.bench.sampling import sampling
-    from tests.bench.sketching import sketching
+    from tests.bench.seams import seams
+    from tests.bench.sketching import tiling, truth
     from tests.bench.text import text
     from tests.bench.training import training
 
-    speeds = {"decoding": decoding, "cores": cores, "sampling": sampling, "sketching": sketching}
+    speeds = {"decoding": decoding, "cores": cores, "sampling": sampling, "tiling": tiling}
     speeds |= {"reading": reading, "training": training}
-    finds = {"duplicates": duplicates, "text": text, "cuts": cuts, "cuts-live": cuts_live}
+    finds = {
+        "duplicates": duplicates,
+        "text": text,
+        "truth": truth,
+        "seams": seams,
+        "large": large,
+        "cuts": cuts,
+        "cuts-live": cuts_live,
+    }
     unknown = set(names) - {*speeds, *finds}
     if unknown:
         there = ", ".join([*speeds, *finds])
         print(f"No benchmark {', '.join(sorted(unknown))}. There are: {there}.", file=sys.stderr)
         return 2
-    names = names or [*speeds, "duplicates", "text"]
+    names = names or [*speeds, "duplicates", "text", "truth", "seams"]
     _print_speeds([speeds[name] for name in names if name in speeds])
     for name in names:
         if name in finds:

@@ -34,7 +34,7 @@ class PlainDdp:
     def __init__(self, adapter: Adapter, config: TrainerConfig) -> None:
         self.module = adapter
         self._ddp = DistributedDataParallel(adapter)
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
 
@@ -45,12 +45,12 @@ class PlainDdp:
         loss.backward()
 
     def step(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class PlainLoop:
-    """The loop; `step` takes one optimizer step, `waited` counts the seconds that steps wait for the DataLoader."""
+    """The loop: `step` takes one optimizer step, as that of `Worker` does."""
 
     def __init__(self, config: TrainerConfig, files: Path, num_workers: int) -> None:
         self._base = load_backbone(config.pretrained_model_name_or_path)
@@ -73,17 +73,17 @@ class PlainLoop:
         )
         self._batches = self._endless()
         self._scheduler = self._base.scheduler()
-        self.waited = 0.0
 
     def _endless(self) -> Iterator[dict[str, Tensor]]:
         while True:
             yield from self._loader
 
-    def step(self, _: int) -> float:
-        """Take one step on this rank's part of a batch and return the mean loss over all ranks."""
+    def step(self, _: int) -> dict[str, float]:
+        """Take one step on this rank's part of a batch; return the mean loss over all ranks, and data_wait: the seconds
+        that the slowest rank waited for its DataLoader."""
         begun = time.perf_counter()
         batch = next(self._batches)
-        self.waited += time.perf_counter() - begun
+        waited = torch.tensor(time.perf_counter() - begun)
         base = self._base
         with torch.no_grad():
             latents = base.vae.encode(batch["image"]).latent_dist.sample() * base.vae.config.scaling_factor
@@ -98,7 +98,8 @@ class PlainLoop:
         dist.all_reduce(mean)
         self._engine.backward(loss)
         self._engine.step()
-        return mean.item() / dist.get_world_size()
+        dist.all_reduce(waited, dist.ReduceOp.MAX)
+        return {"loss": mean.item() / dist.get_world_size(), "data_wait": waited.item()}
 
 
 class _Pictures(Dataset):

@@ -131,19 +131,19 @@ def _rank(rank: int, pipe: Any, config: TrainerConfig, cache: str, folder: Path)
         return workers.Worker(named, torch.device("cpu"), {"base": {}, "preprocessing": {}}, cache)
 
     sides: dict[str, Any] = {"cached": ours("cached", cache), "online": ours("online")}
-    engine, workers._engine = workers._engine, PlainDdp
+    engine, workers.make_engine = workers.make_engine, PlainDdp  # type: ignore[assignment]
     sides["ddp"] = ours("ddp", cache)
-    workers._engine = engine
+    workers.make_engine = engine
     for width, loaders in itertools.product(WIDTHS, (0, 1)):
         sides[f"{width}-{loaders}"] = PlainLoop(config, folder / "files" / str(width), num_workers=loaders)
     step: dict[str, int] = defaultdict(int)
     while (name := pipe.recv()) is not None:
         side = sides[name]
         dist.barrier()
-        begun, waited = time.perf_counter(), side.waited
-        losses = []
+        begun, done = time.perf_counter(), []
         for _ in range(STEPS):
-            losses.append(side.step(step[name]))
+            done.append(side.step(step[name]))
             step[name] += 1
         seconds = time.perf_counter() - begun
-        pipe.send(((side.waited - waited) / seconds, losses, STEPS * config.train_batch_size))
+        waited = sum(each["data_wait"] for each in done)
+        pipe.send((waited / seconds, [each["loss"] for each in done], STEPS * config.train_batch_size))
