@@ -169,7 +169,10 @@ def test_without_a_cache_a_run_says_so_or_refuses(
     "changes",
     [
         {"resolution": 72},
+        {"target": "image"},
         {"reference": "image"},
+        {"keywords": False},
+        {"accepted_only": True},
         {"random_flip": False},
         {"cache_dtype": "float32"},
         {"mixed_precision": "bf16"},
@@ -279,6 +282,8 @@ def test_a_flipped_byte_and_a_missing_row_are_told(cache: str, config: TrainerCo
     assert told >= 18  # the others are padding
     with pytest.raises(DamagedCache, match="has 20 rows, not 22"):
         Cache(cache, [*Samples(config.data, "train").frame_ids, "one-more"], device="cpu")
+    with pytest.raises(DamagedCache, match=f"is another one, {Path(cache).stem}"):
+        opened(str(shutil.move(copy, tmp_path / "0123456789abcdef.lance")), config)
 
 
 def test_values_beyond_float16_are_refused_by_name(ray_session: str, config: TrainerConfig, tmp_path: Path):

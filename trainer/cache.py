@@ -142,12 +142,14 @@ class Cache:
         self, uri: str, frame_ids: Sequence[str], *, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> None:
         """Open the cache of the samples `frame_ids`; text and image states are given in `dtype`. DamagedCache when it
-        has not their number of rows."""
+        has not their number of rows, or was made for something else than its name says."""
         self._table = lance.dataset(uri, metadata_cache_size_bytes=_LANCE_MEMORY, index_cache_size_bytes=_LANCE_MEMORY)
         metadata = self._table.schema.metadata or {}
         self._facts, self._shapes = json.loads(metadata[_FACTS]), json.loads(metadata[_SHAPES])
         self._frame_ids, self._device, self._dtype = frame_ids, device, dtype
         self._copies = 1 + self._facts["random_flip"]
+        if key_of(self._facts) != Path(uri).stem:
+            raise DamagedCache(f"Cache {uri} is another one, {key_of(self._facts)}. {_remake(uri)}")
         rows, expected = self._table.count_rows(), len(frame_ids) * self._copies
         if rows != expected:
             raise DamagedCache(f"Cache {uri} has {rows} rows, not {expected}. {_remake(uri)}")

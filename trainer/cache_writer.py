@@ -63,7 +63,7 @@ def write_cache(config: TrainerConfig) -> dict[str, Any]:
             with locked(units, wait=False):
                 if not exists(uri):
                     _write(config, facts, uri, units, len(samples))
-                shutil.rmtree(units)
+                shutil.rmtree(units, ignore_errors=True)  # another process may have, of a whole cache
         except BlockingIOError:
             raise RunBusy(f"Another process makes the cache {uri}. Wait for it.") from None
     table = lance.dataset(uri)
