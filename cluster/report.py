@@ -52,6 +52,7 @@ def training(run: Path) -> dict[str, Any] | None:
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     aligned = [(row["alignment_step"], row["alignment_loss"]) for row in rows if "alignment_loss" in row]
     validation = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+    base = next((row["base_validation_loss"] for row in rows if "base_validation_loss" in row), None)
     speeds = [row["samples_per_second"] for row in rows if row.get("samples_per_second")]
     if not train:
         return None
@@ -62,19 +63,21 @@ def training(run: Path) -> dict[str, Any] | None:
     numbers["training steps"] = f"{train[-1][0]:,}"
     numbers["noise loss, mean"] = f"{_mean(train):.4f}"
     if validation:
+        if base is not None:
+            numbers["held out, the base alone"] = f"{base:.4f}"
         numbers["held out, first"] = f"{validation[0][1]:.4f}"
         numbers["held out, last"] = f"{validation[-1][1]:.4f}"
     if speeds:
         numbers["samples per second"] = f"{sorted(speeds)[len(speeds) // 2]:.1f}"
-    return {"numbers": numbers, "curve": loss_curves(aligned, train, validation), "aligned": bool(aligned)}
+    return {"numbers": numbers, "curve": loss_curves(aligned, train, validation, base), "aligned": bool(aligned)}
 
 
 Points = Sequence[tuple[int, float]]  # step, loss
 
 
-def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
+def loss_curves(aligned: Points, train: Points, validation: Points, base: float | None) -> str:
     """Return the losses over the steps as an SVG element that takes its colours from the page: left that of the
-    alignment, where there was one, and right, or alone, that of the noise."""
+    alignment, where there was one, and right, or alone, that of the noise, with the held-out one of the base alone."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # here: it takes a second to import
     from matplotlib.figure import Figure
 
@@ -94,6 +97,8 @@ def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
         if validation:
             style = {"color": _ACCENT, "marker": "o", "markersize": 3.5, "linewidth": 1.2}
             panels[-1].plot(*zip(*validation, strict=True), label="held out", **style)
+        if base is not None:
+            panels[-1].axhline(base, color=_ACCENT, linewidth=1, linestyle=(0, (4, 3)), label="held out, base alone")
         for axes in panels:
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines[["left", "bottom"]].set_color(_LINE)
@@ -102,7 +107,7 @@ def loss_curves(aligned: Points, train: Points, validation: Points) -> str:
             axes.xaxis.label.set_color(_FAINT)
             axes.yaxis.label.set_color(_FAINT)
             above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "columnspacing": 1.2}
-            axes.legend(frameon=False, ncols=3, labelcolor=_FAINT, handlelength=1.4, **above)
+            axes.legend(frameon=False, ncols=4, labelcolor=_FAINT, handlelength=1.4, **above)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()

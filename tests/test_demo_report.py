@@ -28,6 +28,7 @@ def finished_demo(small_dataset: Path, tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir()
     rows: list[dict[str, Any]] = [{"step": 0, "alignment_step": i, "alignment_loss": 0.9 / i} for i in range(1, 31)]
     rows += [{"step": i, "loss": 1 / i, "lr": 1e-3, "samples_per_second": 8.0} for i in range(1, 41)]
+    rows.append({"step": 0, "validation_loss": 0.75, "base_validation_loss": 0.5})
     rows.append({"step": 40, "validation_loss": 0.0625})
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = []
@@ -55,6 +56,7 @@ def test_the_report_is_one_file_that_tells_it_all(finished_demo: Path) -> None:
     near = sum(item["shows"] == JUDGED for item in json.loads((finished_demo / "images/index.json").read_text()))
     assert re.search(rf"hair style<br>by chance \d+\.\d, in the sketches themselves \d</dt><dd>\d of {near}<", page)
     assert "0.0625" in page
+    assert "<dd>0.5000</dd>" in page and "held out, base alone<" in page
     assert "alignment step<" in page
     assert f"<dd>{sum(0.9 / i for i in range(21, 31)) / 10:.3f}</dd>" in page
     assert "training step<" in page

@@ -67,6 +67,9 @@ def test_a_run_logs_every_step_and_writes_sealed_folders(whole: Path, dataset: s
     }
     validations = {record["step"]: record["validation_loss"] for record in history if "validation_loss" in record}
     assert list(validations) == [0, 3, 6]
+    (base,) = [record for record in history if "base_validation_loss" in record]
+    assert base["step"] == 0 and 0.5 < base["base_validation_loss"] < 2
+    assert base["base_validation_loss"] != base["validation_loss"]  # a new adapter adds something already
 
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-3", "step-6"]
     for folder in ("adapter", "best", "checkpoints/step-3", "checkpoints/step-6"):

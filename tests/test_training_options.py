@@ -52,7 +52,7 @@ def test_learning_rates_are_those_of_diffusers(name: str, warmup: int):
 
 
 def test_the_average_of_the_weights_is_that_of_diffusers():
-    weight = torch.zeros(3, requires_grad=True)
+    weight = torch.nn.Parameter(torch.zeros(3))
     theirs, ours = EMAModel([weight], decay=0.5), torch.zeros(3)
     for step in range(12):
         weight.data = torch.arange(3.0) * (step + 1) ** 2

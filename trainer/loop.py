@@ -70,8 +70,9 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
         nonlocal best
         if config.data.validation_samples:
             loss = worker.validate()
+            base = worker.validate(scale=0.0) if step == 0 else None
             if log:
-                log.validated(step, loss)
+                log.validated(step, loss, base)
             if step and (best is None or loss < best):
                 best = loss
                 worker.save_best(step, loss)
@@ -123,10 +124,11 @@ class _Log:
             total, loss = self.config.max_train_steps, done["loss"]
             print(f"step {step}/{total}  loss {loss:.4f}  {speed:.1f} samples/s  {_clock(left)} left", flush=True)
 
-    def validated(self, step: int, loss: float) -> None:
-        """Record the validation loss after `step` steps."""
-        self._log(step, {"validation_loss": loss})
-        print(f"step {step}/{self.config.max_train_steps}  validation loss {loss:.4f}", flush=True)
+    def validated(self, step: int, loss: float, base: float | None) -> None:
+        """Record the validation loss after `step` steps, and beside the first one that of the base alone."""
+        self._log(step, {"validation_loss": loss, **({"base_validation_loss": base} if base is not None else {})})
+        alone = f" (the base alone {base:.4f})" if base is not None else ""
+        print(f"step {step}/{self.config.max_train_steps}  validation loss {loss:.4f}{alone}", flush=True)
 
     def goes_on(self) -> None:
         """Begin to count the seconds of the next step: what came before is not part of it."""

@@ -153,14 +153,17 @@ class Worker:
         }
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Return the loss on the held-out split, with fixed noise at fixed time steps: comparable between runs."""
+    def validate(self, scale: float = 1.0) -> float:
+        """Return the loss on the held-out split, with fixed noise at fixed time steps: comparable between runs.
+
+        With `scale` 0 that of the base alone, from the texts.
+        """
         if self._validation is None:
             self._validation = self._held_out()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         with self._published() as adapter, self.autocast:
             for batch in self._validation:
-                loss = self._loss(adapter, batch)
+                loss = self._loss(functools.partial(adapter, scale=scale), batch)
                 total += torch.tensor([loss.item() * len(batch[0]), len(batch[0])], device=self.device)
         dist.all_reduce(total)
         dist.broadcast(total, 0)  # all ranks decide by it what is best: it must be one number to the last bit
