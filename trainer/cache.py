@@ -9,11 +9,12 @@ Shape suffixes: B batch, h and w latents, T text tokens, C text width, N image p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import torch
+from lance.file import LanceFileReader
 from torch import Tensor
 
 from factory.files import sha256_file
@@ -34,7 +36,7 @@ TENSORS = ("mean", "std", "text", "features")  # of a row, one after the other
 RECIPE = 1  # raised when the encoders are given other inputs than before: data.square_pixels, backbone.encode_*
 _FACTS, _SHAPES = b"animesketch.cache", b"animesketch.shapes"
 _SETTINGS = ("*.json", "*.txt")  # of a model's folder: what its outputs depend on beside the weights
-_LANCE_MEMORY = 64 << 20  # bytes of file metadata that a reader keeps
+_READ_AT_ONCE = 4  # rows: of 842 kB each, half as fast again as all at once
 
 
 class DamagedCache(ValueError):
@@ -143,41 +145,50 @@ class Cache:
     ) -> None:
         """Open the cache of the samples `frame_ids`; text and image states are given in `dtype`. DamagedCache when it
         has not their number of rows, or was made for something else than its name says."""
-        self._table = lance.dataset(uri, metadata_cache_size_bytes=_LANCE_MEMORY, index_cache_size_bytes=_LANCE_MEMORY)
-        metadata = self._table.schema.metadata or {}
+        table = lance.dataset(uri)
+        metadata = table.schema.metadata or {}
         self._facts, self._shapes = json.loads(metadata[_FACTS]), json.loads(metadata[_SHAPES])
-        self._frame_ids, self._device, self._dtype = frame_ids, device, dtype
+        self._uri, self._frame_ids, self._device, self._dtype = uri, frame_ids, device, dtype
         self._copies = 1 + self._facts["random_flip"]
         if key_of(self._facts) != Path(uri).stem:
             raise DamagedCache(f"Cache {uri} is another one, {key_of(self._facts)}. {_remake(uri)}")
-        rows, expected = self._table.count_rows(), len(frame_ids) * self._copies
+        rows, expected = table.count_rows(), len(frame_ids) * self._copies
         if rows != expected:
             raise DamagedCache(f"Cache {uri} has {rows} rows, not {expected}. {_remake(uri)}")
+        with self._damage():
+            self._file = open_rows(table)
 
     def read(self, indices: Sequence[int], flips: Sequence[bool]) -> list[Encoded]:
         """Return the samples at `indices`, those of `flips` mirrored. DamagedCache naming a row that is not as it was
         written."""
-        rows = [self._copies * i + flip for i, flip in zip(indices, flips, strict=True)]
-        try:
-            table = self._table.take(rows, columns=["numbers", "crc32"])
-        except (OSError, ValueError) as error:
-            raise DamagedCache(
-                f"Cache {self._table.uri} cannot be read: {error}. {_remake(self._table.uri)}"
-            ) from error
-        stored = _arrays(table["numbers"], self._facts["dtype"])
-        for i, flip, crc, numbers in zip(indices, flips, table["crc32"].to_pylist(), stored, strict=True):
+        with self._damage():
+            rows = read_rows(self._file, [self._copies * i + flip for i, flip in zip(indices, flips, strict=True)])
+        samples = []
+        for i, flip, (numbers, crc) in zip(indices, flips, rows, strict=True):
             if checksum(self._frame_ids[i], flip, numbers) != crc:
                 raise DamagedCache(
-                    f"The row of sample {self._frame_ids[i]} in cache {self._table.uri} does not match its checksum. "
-                    f"{_remake(self._table.uri)}"
+                    f"The row of sample {self._frame_ids[i]} in cache {self._uri} does not match its checksum. "
+                    f"{_remake(self._uri)}"
                 )
-        ends = np.cumsum([int(np.prod(self._shapes[name])) for name in TENSORS])[:-1]
-        dtypes = (torch.float32, torch.float32, self._dtype, self._dtype)
-        columns = [
-            torch.from_numpy(part.astype(np.float32)).to(dtype).view(len(rows), *self._shapes[name])
-            for name, dtype, part in zip(TENSORS, dtypes, np.split(stored, ends, axis=1), strict=True)
-        ]
-        return [Encoded(**dict(zip(TENSORS, row, strict=True))) for row in zip(*columns, strict=True)]
+            samples.append(self._encoded(numbers))
+        return samples
+
+    def _encoded(self, numbers: np.ndarray) -> Encoded:
+        ends = np.cumsum([np.prod(self._shapes[name]) for name in TENSORS])[:-1]
+        parts = np.split(numbers.view(self._facts["dtype"]), ends)
+        mean, std, text, features = (
+            torch.from_numpy(part.astype(np.float32)).view(*self._shapes[name])
+            for name, part in zip(TENSORS, parts, strict=True)
+        )
+        return Encoded(mean=mean, std=std, text=text.to(self._dtype), features=features.to(self._dtype))
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Tell in words what Lance can't read."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise DamagedCache(f"Cache {self._uri} cannot be read: {error}. {_remake(self._uri)}") from error
 
     def posterior(self, samples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (B,4,h,w) of latents, fp32, unscaled."""
@@ -195,12 +206,22 @@ class Cache:
         return torch.stack(parts).to(self._device)
 
 
-def _arrays(column: pa.ChunkedArray, dtype: str) -> np.ndarray:
-    """Return a column of fixed-size binaries as an array (rows, numbers), read-only and without a copy."""
-    array = column.combine_chunks()
-    size = array.type.byte_width
-    values = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * size : (array.offset + len(array)) * size]
-    return values.view(dtype).reshape(len(array), -1)
+def open_rows(table: lance.LanceDataset) -> LanceFileReader:
+    """Return what reads the rows of a table of one file: in half the time that `take` of the table needs."""
+    (fragment,) = table.get_fragments()
+    (file,) = fragment.data_files()
+    return LanceFileReader(f"{table.uri}/data/{file.path}", columns=["numbers", "crc32"])
+
+
+def read_rows(file: LanceFileReader, rows: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+    """Return the bytes of the numbers of each of `rows`, read-only, and their checksum."""
+    ascending, places = np.unique(rows, return_inverse=True)  # Lance wants them so
+    found: list[tuple[np.ndarray, int]] = []
+    for batch in file.take_rows(ascending.tolist(), batch_size=_READ_AT_ONCE).to_batches():
+        values, size = batch["numbers"], batch["numbers"].type.byte_width
+        numbers = np.frombuffer(values.buffers()[1], np.uint8, len(values) * size, values.offset * size)
+        found += zip(numbers.reshape(len(values), size), batch["crc32"].to_pylist(), strict=True)
+    return [found[place] for place in places]
 
 
 def _remake(uri: str) -> str:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -20,9 +21,9 @@ import pyarrow.parquet as pq
 
 from factory.schema import STORAGE_VERSION
 from tests.bench.harness import Comparison, compare
-from trainer.cache_writer import UNITS
+from trainer.cache import open_rows, read_rows
 
-Read = Callable[[Sequence[int]], list[bytes]]
+Read = Callable[[Sequence[int]], list[Any]]  # of what has the bytes of a row each
 BATCH = 16  # rows that are asked for at once
 BATCHES = 12  # of a round; no row comes twice in one
 ROUNDS = 5
@@ -102,12 +103,11 @@ def _pictures(folder: Path, rng: np.random.Generator) -> tuple[Path, list[bytes]
 def _cache_rows(folder: Path, count: int, numbers: int, rng: np.random.Generator) -> tuple[Path, list[bytes], Read]:
     rows = [rng.bytes(2 * numbers) for _ in range(count)]
     uri = str(folder / "table.lance")
-    table = pa.table({"numbers": pa.array(rows, pa.binary(2 * numbers))})
-    lance.write_dataset(table, uri, data_storage_version=STORAGE_VERSION, max_rows_per_file=-(-count // UNITS))
-    dataset = lance.dataset(uri)
+    table = pa.table({"numbers": pa.array(rows, pa.binary(2 * numbers)), "crc32": pa.array(range(count), pa.uint32())})
+    file = open_rows(lance.write_dataset(table, uri, data_storage_version=STORAGE_VERSION))
 
-    def read(batch: Sequence[int]) -> list[bytes]:
-        return dataset.take(list(batch), columns=["numbers"])["numbers"].to_pylist()
+    def read(batch: Sequence[int]) -> list[Any]:
+        return [numbers for numbers, _ in read_rows(file, batch)]
 
     return _checked(folder, rows, read)
 
@@ -161,7 +161,7 @@ def _files(folder: Path, rows: list[bytes]) -> Read:
 
 
 def _checked(folder: Path, rows: list[bytes], read: Read) -> tuple[Path, list[bytes], Read]:
-    assert read([3, 1, 2]) == [rows[3], rows[1], rows[2]]
+    assert [bytes(data) for data in read([3, 1, 2])] == [rows[3], rows[1], rows[2]]
     return folder, rows, read
 
 
