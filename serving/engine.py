@@ -107,7 +107,9 @@ class Engine:
                 f"Adapter {adapter} was trained on base {trained_on.get('id')} {wanted[:12]}…, this server runs "
                 f"{backbone.id} {backbone.weights_hash[:12]}…. Start it with base=… or pick another adapter."
             )
-        return cls(backbone, Adapter.from_pretrained(adapter, dtype=dtype), batch_size=batch_size)
+        loaded = Adapter.from_pretrained(adapter, dtype=dtype)
+        backbone.features = loaded.config.features
+        return cls(backbone, loaded, batch_size=batch_size)
 
     def infer(self, recipe: Recipe, on_step: Callable[[Step], None] | None = None) -> list[Image.Image]:
         """Return the `recipe.n` RGB pictures of a recipe.

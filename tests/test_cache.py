@@ -29,6 +29,7 @@ from trainer.cache_writer import EncodeUnit, write_cache
 from trainer.config import DataConfig, TrainerConfig
 from trainer.data import Samples
 from trainer.encoders import Encoders
+from trainer.projection import VARIANTS
 from trainer.run import RunBusy
 
 REPO = Path(__file__).parent.parent
@@ -73,12 +74,19 @@ def opened(uri: str, config: TrainerConfig) -> Cache:
 INDICES, FLIPS = [7, 0, 3, 3, 9], [True, False, False, True, True]
 
 
-@pytest.mark.parametrize(("dtype", "apart"), [("float32", 3e-6), ("float16", 2**-11)])
-def test_a_cache_holds_what_the_encoders_give(cache: str, config: TrainerConfig, dtype: str, apart: float):
+@pytest.mark.parametrize(
+    ("variant", "dtype", "apart"), [("plus", "float32", 3e-6), ("plus", "float16", 2**-11), ("base", "float16", 2**-11)]
+)
+def test_a_cache_holds_what_the_encoders_give(
+    cache: str, config: TrainerConfig, variant: Any, dtype: str, apart: float
+):
+    config = dataclasses.replace(config, variant=variant)
     if dtype == "float32":
         config = in_float32(config)
-        cache = write_cache(config)["cache"]
-    encoders = Encoders(load_backbone(config.pretrained_model_name_or_path), Samples(config.data, "train"))
+    cache = write_cache(config)["cache"]
+    backbone = load_backbone(config.pretrained_model_name_or_path)
+    backbone.features = VARIANTS[variant].features
+    encoders = Encoders(backbone, Samples(config.data, "train"))
     read, made = opened(cache, config), encoders.read(INDICES, FLIPS)
     kept = read.read(INDICES, FLIPS)
     pairs = [
@@ -176,10 +184,11 @@ def test_without_a_cache_a_run_says_so_or_refuses(
         {"random_flip": False},
         {"cache_dtype": "float32"},
         {"mixed_precision": "bf16"},
+        {"variant": "base"},
     ],
 )
 def test_other_settings_have_another_cache(cache: str, config: TrainerConfig, changes: dict[str, Any]):
-    if "mixed_precision" in changes:
+    if changes.keys() & {"mixed_precision", "variant"}:
         other = dataclasses.replace(config, **changes)
     else:
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))

@@ -25,6 +25,12 @@ EXAMPLES = """examples:
         --output /shared/runs/paper --num-workers 8
   the encoders' part computed once, before any number of runs: python -m trainer cache --root /data/anime
   go on after a crash, or to more steps: the same command again, with any number of workers
+  before it: does the paper's run fit a GPU, and how long does it take (seconds, no GPU, no weights)?
+    python -m trainer plan --preset paper --gpu a10 --gpu h100
+  a published pickle to an adapter folder, to start from: --set adapter=/models/plus
+    python -m trainer convert ip-adapter-plus_sd15.bin --output /models/plus
+  a folder for the Hugging Face hub, with a model card:
+    python -m trainer export /runs/paper --step best --license cc-by-4.0 --output /hub/sketch-adapter
   a small family of models from nothing, on drawn figures (hours on two cores):
     python -m trainer micro --output /work/micro
   colour frames from their sketches, with an average of the weights and a sheet of pictures every 500 steps:
@@ -157,7 +163,52 @@ def micro(args: argparse.Namespace) -> int:
     return DONE
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Say what a run would need."""
+    config: TrainerConfig = settings.load(PRESETS[args.preset](), args.config, args.set)
+    if args.base is not None:
+        config = dataclasses.replace(config, pretrained_model_name_or_path=args.base)
+    if args.num_workers is not None:
+        config = dataclasses.replace(config, workers=dataclasses.replace(config.workers, num_workers=args.num_workers))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from trainer import plan
+
+    for name in set(args.gpu or ()) - set(plan.GPUS):
+        raise ValueError(f"No GPU {name!r}. There are: {', '.join(plan.GPUS)}")
+    gpus = [plan.GPUS[name] for name in args.gpu or plan.GPUS]
+    print(plan.report(plan.make_plan(config, args.utilisation), gpus))
+    return DONE
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Make an adapter folder of a published pickle."""
+    from trainer.convert import convert
+
+    output = absolute(args.output, "--output")
+    adapter = convert(absolute(args.file, "FILE"), output)
+    tensors = list(adapter.state_dict().values())
+    facts = {"variant": adapter.config.variant, "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors)}
+    print(json.dumps({"output": output, **facts}))
+    return DONE
+
+
+def export(args: argparse.Namespace) -> int:
+    """Make a folder for the hub of a run."""
+    from trainer.export import UNKNOWN, export
+
+    step = int(args.step) if args.step and args.step.isdecimal() else args.step
+    if isinstance(step, str) and step != "best":
+        raise ValueError(f"--step is a checkpoint's number or best, got {step!r}.")
+    output = absolute(args.output, "--output")
+    export(absolute(args.folder, "RUN"), output, step=step, license=args.license)
+    if args.license is None:
+        print(f"No --license was given: the card says {UNKNOWN}.", file=sys.stderr)
+    print(json.dumps({"output": output, "license": args.license or UNKNOWN}))
+    return DONE
+
+
 # Named here too, for --help: the modules that know them take seconds to import.
+_GPUS = "a10, a100-40, a100-80, h100, h200"
 _STAGES = "tokenizer, clip, vae, unet, judge-clip, captioner, matcher, sketch, probe"
 _MEASURES = "vae, clip, matcher, captioner, sketch, base, held-out, framings, judges, probe, step, adapter"
 
@@ -191,6 +242,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(verb)
     verb.set_defaults(run=cache)
+
+    verb = verbs.add_parser(
+        "plan",
+        help="does a run fit a GPU, with which ZeRO stage, and how long does it take?",
+        formatter_class=style,
+        description="Walk the run's own training step on shapes alone and say what it would take: memory by part, work "
+        "by part, and for each GPU whether it fits, the lowest ZeRO stage, the largest pass, the time of a step and of "
+        "the run at an assumed share of the GPU's peak. Seconds; no GPU, no weights, no dataset.",
+        epilog="examples:\n  python -m trainer plan --preset paper\n"
+        "  python -m trainer plan --preset paper --num-workers 8 --set train_batch_size=64 --gpu a100-80",
+    )
+    verb.add_argument(
+        "--preset", choices=sorted(PRESETS), default="paper", help="where settings start (default: paper)"
+    )
+    verb.add_argument("--base", metavar="PATH_OR_ID", help="folder of the frozen base (default: the preset's)")
+    verb.add_argument("--config", metavar="FILE", help="YAML of settings, laid over the preset")
+    verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as seed=1")
+    verb.add_argument("--num-workers", type=int, metavar="N", help="Ray Train workers")
+    verb.add_argument(
+        "--gpu",
+        metavar="NAME",
+        action="append",
+        help=f"this GPU; may be given again: {_GPUS} (default: all)",
+    )
+    verb.add_argument("--utilisation", type=float, metavar="SHARE", help="of the GPU's peak (default: 0.2)")
+    verb.set_defaults(run=plan)
+
+    verb = verbs.add_parser(
+        "convert",
+        help="a published .bin or .pt to an adapter folder; tensors keep their names, shapes and dtypes",
+        description="Read a published IP-Adapter or IP-Adapter-Plus file once, with torch's weights_only, and write "
+        "its tensors as an adapter folder. What holds more than tensors is refused. Published .safetensors need no "
+        "conversion.",
+    )
+    verb.add_argument("file", metavar="FILE", help="such as ip-adapter-plus_sd15.bin")
+    verb.add_argument("--output", metavar="DIR", required=True, help="adapter folder to make")
+    verb.set_defaults(run=convert)
+
+    verb = verbs.add_parser(
+        "export",
+        help="a run's adapter as a folder for the Hugging Face hub, with a model card",
+        description="Copy a checkpoint's adapter, its seal checked, beside a model card with the run's facts, losses "
+        "and sample pictures, and SHA256SUMS. Read the card before you upload it: what it can't know, such as who may "
+        "use the data, it says is unknown.",
+    )
+    verb.add_argument("folder", metavar="RUN", help="run folder of `fit`")
+    verb.add_argument("--output", metavar="DIR", required=True, help="folder to make; its name is the card's title")
+    verb.add_argument("--step", metavar="N|best", help="this checkpoint, or best (default: the newest)")
+    verb.add_argument(
+        "--license", metavar="ID", help="the adapter's, as the hub names it: cc-by-4.0 (default: unknown)"
+    )
+    verb.set_defaults(run=export)
 
     verb = verbs.add_parser("twin", help="make a small random base with SD v1.5's structure, for trials and tests")
     verb.add_argument("--output", metavar="DIR", required=True, help="folder to make")

@@ -31,6 +31,7 @@ from factory.store import state
 from trainer.base import BaseFiles
 from trainer.config import TrainerConfig
 from trainer.data import FITTING, Samples
+from trainer.projection import VARIANTS
 
 TENSORS = ("mean", "std", "text", "features")  # of a row, one after the other
 RECIPE = 1  # raised when the encoders are given other inputs than before: data.square_pixels, backbone.encode_*
@@ -62,6 +63,7 @@ def cache_facts(config: TrainerConfig, samples: Samples, base: BaseFiles, base_h
         "base_settings": _settings_hash(base),
         "data_files": hashlib.sha256(json.dumps(fragments).encode()).hexdigest(),  # each version has other ones
         "samples": samples.fingerprint,  # which they are, and their texts: with keywords or without, accepted or all
+        "features": _features(config),
         "columns": [config.data.target, config.data.reference],
         "preprocessing": FITTING[config.data.target],
         "resolution": config.data.resolution,
@@ -226,6 +228,15 @@ def read_rows(file: LanceFileReader, rows: Sequence[int]) -> list[tuple[np.ndarr
 
 def _remake(uri: str) -> str:
     return f"Remove the folder and make it again: rm -r {shlex.quote(uri)}, then python -m trainer cache as before."
+
+
+def _features(config: TrainerConfig) -> str:
+    """Return what the adapter that is trained reads of the image encoder."""
+    if not config.adapter:
+        return VARIANTS[config.variant].features
+    from trainer.adapter import Adapter  # loads the model libraries
+
+    return Adapter.from_pretrained(config.adapter).config.features
 
 
 def _settings_hash(base: BaseFiles) -> str:

@@ -196,6 +196,7 @@ class EncodeUnit:
             dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
             device="cuda" if config.workers.use_gpu else "cpu",
         )
+        base.features = facts["features"]
         self._samples = Samples(config.data, "train")
         self._encoders = Encoders(base, self._samples)
         self._facts, self._units = facts, units

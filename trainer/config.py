@@ -107,6 +107,7 @@ class TrainerConfig:
     pretrained_model_name_or_path: str = ""  # the frozen base: a diffusers folder or hub id; --base
     image_encoder: str | None = None  # folder, or owner/name/sub/folder on the hub; None: the base's own
     adapter: str | None = None  # start from this adapter's weights; None: a new one
+    variant: Literal["plus", "base"] = "plus"  # of a new adapter: IP-Adapter-Plus, or IP-Adapter with 4 tokens
     resampler_dim: int | None = None  # width of a new Resampler; None: the base's text width, rounded up to 64
     data: DataConfig = field(default_factory=DataConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)

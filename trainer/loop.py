@@ -175,7 +175,6 @@ def _absolute(config: TrainerConfig) -> TrainerConfig:
     return dataclasses.replace(
         absolute_inputs(config),
         output=absolute(config.output, "--output"),
-        adapter=config.adapter and absolute(config.adapter, "adapter"),
         pictures=dataclasses.replace(
             config.pictures,
             references=tuple(absolute(path, "pictures.references") for path in config.pictures.references),
@@ -184,7 +183,7 @@ def _absolute(config: TrainerConfig) -> TrainerConfig:
 
 
 def absolute_inputs(config: TrainerConfig) -> TrainerConfig:
-    """Return `config` with absolute paths of dataset and base; ValueError as of `_absolute`."""
+    """Return `config` with absolute paths of dataset, base and adapter; ValueError as of `_absolute`."""
     if not config.data.root:
         raise ValueError("No dataset given. Say where it is: --root /path/of/the/dataset")
     if not config.pretrained_model_name_or_path:
@@ -197,6 +196,7 @@ def absolute_inputs(config: TrainerConfig) -> TrainerConfig:
         data=dataclasses.replace(config.data, root=absolute(config.data.root, "--root")),
         pretrained_model_name_or_path=_model(config.pretrained_model_name_or_path, "--base"),
         image_encoder=config.image_encoder and _model(config.image_encoder, "image_encoder"),
+        adapter=config.adapter and absolute(config.adapter, "adapter"),
     )
 
 
@@ -229,6 +229,7 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
             "cache": cache and key_of(inputs),
             "base_weights_hash": base_hash,
             "adapter": config.adapter and _adapter_hash(config.adapter),
+            "variant": config.variant,
             "resampler_dim": config.resampler_dim,
             "dataset_version": samples.version,
             "dataset_fingerprint": samples.fingerprint,
@@ -239,7 +240,11 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
         }
     )
     facts = {
-        "base": {"id": base.id, "weights_hash": base_hash},
+        "base": {
+            "id": base.id,
+            "weights_hash": base_hash,
+            "image_encoder": config.image_encoder and name_of(config.image_encoder),
+        },
         "dataset": {"uri": name_of(config.data.root), "version": samples.version, "tag": tag, "samples": len(samples)},
         "training": {name: getattr(config, name) for name in (*_SETTINGS, "gradient_accumulation_steps")},
         "preprocessing": {

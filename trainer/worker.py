@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from factory.files import new_folder, write_atomic
-from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, cross_attention
+from trainer.adapter import WEIGHTS, Adapter, cross_attention
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import load_backbone
 from trainer.cache import Cache
@@ -35,9 +35,11 @@ from trainer.engine import load_optimizer_state, make_engine, optimizer_state, s
 from trainer.loss import add_noise, min_snr_weights, noise_loss
 from trainer.optimizers import ema_decay_at, learning_rate_at
 from trainer.pictures import asked, draw_picture, write_sheet
+from trainer.projection import VARIANTS
 from trainer.run import Run
 
-STATE = "state/optimizer.safetensors"  # of a checkpoint: AdamW's moments; with an average, the weights too
+# of a checkpoint: AdamW's moments; the weights too where the adapter folder has their average, or has them rounded
+STATE = "state/optimizer.safetensors"
 T = TypeVar("T")
 RECORDED = 16  # samples of a pass whose queries the alignment takes
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
@@ -72,13 +74,14 @@ class Worker:
         if config.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
             self.base.unet.train()  # checkpointing acts in train mode only; SD v1.5 has no dropout
+        adapter = self._new_adapter()
+        self.base.features = adapter.config.features
         self.facts["base"]["random_weights"] = self.base.random_weights
         self.facts["preprocessing"] |= self.base.preprocessing
         self.null_1NE, self.null_1TC = self.base.encode_image_null(1), self.base.encode_text([""])
         self.source: Source = Encoders(self.base, self.samples)
         if cache:
             self.source = Cache(cache, self.samples.frame_ids, device=device, dtype=self.base.unet.dtype)
-        adapter = self._new_adapter()
         self._ahead = ThreadPoolExecutor(1)  # reads the next batch while this one trains
         self._next: tuple[int, Future[tuple[list[Draw], list[Any]]]] | None = None
         self._waited = 0.0  # seconds that a step has waited for its samples
@@ -91,8 +94,10 @@ class Worker:
         self._copy: Adapter | None = None
         if config.ema_decay or config.workers.zero_stage == 3:
             self._copy = copy.deepcopy(adapter).requires_grad_(False)
-        if weights := {name.removeprefix("weight."): value for name, value in state.items() if name[:7] == "weight."}:
-            adapter.load_state_dict(weights)
+        for prefix, module in (("weight.", adapter), ("average.", self._copy)):
+            if found := {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}:
+                assert module is not None
+                module.load_state_dict(found)
         self.engine = make_engine(adapter, config)
         if state:
             load_optimizer_state(self.engine, state, self._newest)
@@ -190,10 +195,14 @@ class Worker:
     def save(self, step: int) -> None:
         """Write checkpoints/step-N aside on rank 0, the adapter and its state; then seal, rename, prune."""
         state = optimizer_state(self.engine)
-        if self.config.ema_decay:
+        # what the adapter folder does not have to the last bit
+        rounded = any(dtype != torch.float32 for dtype in self.adapter.stored.values())
+        if self.config.ema_decay or rounded:
             with whole_parameters(self.engine):
-                weights = {name: value.detach().cpu().clone() for name, value in self.adapter.named_parameters()}
-            state |= {f"weight.{name}": value for name, value in weights.items()}
+                state |= _copies("weight.", self.adapter)
+        if self.config.ema_decay and rounded:
+            assert self._copy is not None
+            state |= _copies("average.", self._copy)
         with self._published() as adapter:
             if self.rank == 0:
                 with new_folder(self.run.checkpoint(step)) as aside:
@@ -251,11 +260,8 @@ class Worker:
         """Return the adapter to train, on the device in fp32, the same on every rank."""
         if self.config.adapter:
             return Adapter.from_pretrained(self.config.adapter).to(self.device)
-        width = self.base.unet.config.cross_attention_dim
-        config = AdapterConfig(
-            cross_attention_dim=width,
-            embedding_dim=self.base.image_encoder.config.hidden_size,
-            dim=self.config.resampler_dim or -(-width // 64) * 64,
+        config = VARIANTS[self.config.variant].fitting(
+            self.base.unet.config.cross_attention_dim, self.base.image_encoder.config, self.config.resampler_dim
         )
         torch.manual_seed(self.config.seed)
         return Adapter.for_unet(self.base.unet, config).to(self.device)
@@ -345,7 +351,7 @@ class Worker:
         encoders = Encoders(self.base, held_out)
         count = min(self.config.data.validation_samples, len(held_out))
         jobs = [(i, timestep) for i in range(count) for timestep in QUANTILES][self.rank :: self.world_size]
-        part = self.config.train_batch_size // self.world_size
+        part = self.config.train_batch_size // (self.world_size * self.config.gradient_accumulation_steps)
         batches = []
         for start in range(0, len(jobs), part):
             chunk = jobs[start : start + part]
@@ -362,6 +368,11 @@ class Worker:
             samples = encoders.read([i for i, _ in chunk], [False] * len(chunk))
             batches.append(self._encode(samples, draws, encoders))
         return batches
+
+
+def _copies(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
+    """Return copies of the adapter's parameters on the CPU, by name after `prefix`."""
+    return {prefix + name: value.detach().cpu().clone() for name, value in adapter.named_parameters()}
 
 
 def _peak_memory(device: torch.device) -> float:
