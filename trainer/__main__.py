@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from factory import settings
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   the paper's run on eight GPUs of a cluster:
     ray job submit --working-dir . -- python -m trainer fit --preset paper --root s3://bucket/anime \\
         --output /shared/runs/paper --num-workers 8
+  the encoders' part computed once, before any number of runs: python -m trainer cache --root /data/anime
   go on after a crash, or to more steps: the same command again, with any number of workers
   before it: does the paper's run fit a GPU, and how long does it take (seconds, no GPU, no weights)?
     python -m trainer plan --preset paper --gpu a10 --gpu h100
@@ -41,9 +43,17 @@ settings are the fields of trainer/config.py: a preset, then --config (YAML), th
 exit codes: 0 done; 1 not finished, run it again; 2 wrong usage."""
 
 
+CACHE_EXAMPLES = """examples:
+  python -m trainer cache --root /data/anime --num-workers 2
+  python -m trainer fit --root /data/anime --output /runs/trial
+  numbers that are not rounded, of twice the size; give it to both:
+    python -m trainer cache --root /data/anime --set data.cache_dtype=float32"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     try:
         return args.run(args)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
@@ -59,20 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def fit(args: argparse.Namespace) -> int:
     """Train; UNFINISHED when workers failed."""
-    config: TrainerConfig = settings.load(PRESETS[args.preset](), args.config, args.set)
-    options = {
-        "output": args.output,
-        "pretrained_model_name_or_path": args.base,
-        "max_train_steps": args.max_train_steps,
-        "max_grad_norm": args.max_grad_norm,
-        "report_to": args.report_to,
-    }
-    changes = {name: value for name, value in options.items() if value is not None}
-    if args.root is not None:
-        changes["data"] = dataclasses.replace(config.data, root=args.root)
-    if args.num_workers is not None:
-        changes["workers"] = dataclasses.replace(config.workers, num_workers=args.num_workers)
-    config = dataclasses.replace(config, **changes)
+    config = _config(
+        args,
+        output=args.output,
+        max_train_steps=args.max_train_steps,
+        max_grad_norm=args.max_grad_norm,
+        report_to=args.report_to,
+    )
 
     from ray.exceptions import RayError
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -91,6 +94,37 @@ def fit(args: argparse.Namespace) -> int:
         return INTERRUPTED
     print(json.dumps(summary))
     return DONE
+
+
+def cache(args: argparse.Namespace) -> int:
+    """Make the cache of a dataset; UNFINISHED when actors were lost."""
+    config = _config(args)
+
+    from ray.exceptions import RayError
+
+    from trainer.cache_writer import write_cache
+
+    try:
+        summary = write_cache(config)
+    except RayError as error:
+        print(f"trainer cache: not finished. {error}\nRun the same command again to go on.", file=sys.stderr)
+        return UNFINISHED
+    except KeyboardInterrupt:
+        print("trainer cache: stopped. The same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED
+    print(json.dumps(summary))
+    return DONE
+
+
+def _config(args: argparse.Namespace, **options: object) -> TrainerConfig:
+    """Return the settings that the arguments of `_add_settings`, and further `options` that are not None, say."""
+    config: TrainerConfig = settings.load(PRESETS[args.preset](), args.config, args.set)
+    options["pretrained_model_name_or_path"] = args.base
+    if args.root is not None:
+        options["data"] = dataclasses.replace(config.data, root=args.root)
+    if args.num_workers is not None:
+        options["workers"] = dataclasses.replace(config.workers, num_workers=args.num_workers)
+    return dataclasses.replace(config, **{name: value for name, value in options.items() if value is not None})
 
 
 def twin(args: argparse.Namespace) -> int:
@@ -185,19 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = verbs.add_parser("fit", help="train an adapter", epilog=EXAMPLES, formatter_class=style)
-    verb.add_argument("--root", metavar="URI", help="dataset root that `python -m factory build` wrote")
+    _add_settings(verb)
     verb.add_argument("--output", metavar="DIR", help="run folder; an unfinished run there is resumed")
-    verb.add_argument(
-        "--base",
-        metavar="PATH_OR_ID",
-        help="frozen Stable Diffusion: a diffusers folder or hub id (default: the preset's)",
-    )
-    verb.add_argument(
-        "--preset", choices=sorted(PRESETS), default="micro", help="where settings start (default: micro)"
-    )
-    verb.add_argument("--config", metavar="FILE", help="YAML of settings, laid over the preset")
-    verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as seed=1")
-    verb.add_argument("--num-workers", type=int, metavar="N", help="Ray Train workers")
     verb.add_argument("--max-train-steps", type=int, metavar="N", help="optimizer steps in all")
     verb.add_argument("--max-grad-norm", type=float, metavar="NORM", help="shorten longer gradients to it; 0: none")
     verb.add_argument(
@@ -206,6 +229,19 @@ def _parser() -> argparse.ArgumentParser:
         help="where a copy of metrics.jsonl goes (default: none); its package must be installed",
     )
     verb.set_defaults(run=fit)
+
+    verb = verbs.add_parser(
+        "cache",
+        help="compute once what the frozen encoders make of each sample; `fit` then trains on it",
+        formatter_class=style,
+        description="Write latents (mean and standard deviation), text states and image features of all training "
+        "samples, and of their mirror images with data.random_flip, to ROOT/caches/KEY.lance. KEY is a hash of base, "
+        "dataset version and settings: `fit` with the same ones finds the cache by itself (data.cache=auto), or "
+        "refuses to train without it (required). A command that was stopped goes on. A cache may be removed any time.",
+        epilog=CACHE_EXAMPLES,
+    )
+    _add_settings(verb)
+    verb.set_defaults(run=cache)
 
     verb = verbs.add_parser(
         "plan",
@@ -298,6 +334,21 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--trial", action="store_true", help="a few pictures and steps only, to see every stage run")
     verb.set_defaults(run=micro)
     return parser
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--root", metavar="URI", help="dataset root that `python -m factory build` wrote")
+    verb.add_argument(
+        "--base",
+        metavar="PATH_OR_ID",
+        help="frozen Stable Diffusion: a diffusers folder or hub id (default: the preset's)",
+    )
+    verb.add_argument(
+        "--preset", choices=sorted(PRESETS), default="micro", help="where settings start (default: micro)"
+    )
+    verb.add_argument("--config", metavar="FILE", help="YAML of settings, laid over the preset")
+    verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as seed=1")
+    verb.add_argument("--num-workers", type=int, metavar="N", help="Ray workers, each with a copy of the base")
 
 
 if __name__ == "__main__":

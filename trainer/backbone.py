@@ -133,13 +133,19 @@ class Backbone:
         return _FEATURES[self.features](self.image_encoder(pixels_B3HW, output_hidden_states=True))
 
     @torch.no_grad()
+    def posterior(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation (B,4,h,w), fp32, of the latents, unscaled, of pixels in [-1,1]."""
+        posterior = self.vae.encode(pixels_B3HW.to(self.device, self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def sample_latents(self, mean_B4hw: Tensor, std_B4hw: Tensor, noise_B4hw: Tensor) -> Tensor:
+        """Return scaled latents (B,4,h,w): the sample of a posterior that standard normal `noise` draws."""
+        return (mean_B4hw + std_B4hw * noise_B4hw.to(mean_B4hw)) * self.vae.config.scaling_factor
+
     def image_to_latents(self, pixels_B3HW: Tensor, noise_B4hw: Tensor | None = None) -> Tensor:
         """Return scaled latents (B,4,h,w), fp32, of pixels in [-1,1]: a sample drawn with `noise`, else the mode."""
-        posterior = self.vae.encode(pixels_B3HW.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mean.float()
-        if noise_B4hw is not None:
-            latents = latents + posterior.std.float() * noise_B4hw.to(latents)
-        return latents * self.vae.config.scaling_factor
+        mean, std = self.posterior(pixels_B3HW)
+        return self.sample_latents(mean, std, torch.zeros_like(mean) if noise_B4hw is None else noise_B4hw)
 
     @torch.no_grad()
     def latents_to_image(self, latents_B4hw: Tensor) -> np.ndarray:
