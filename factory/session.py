@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 
 from factory.settings import UsageError
@@ -33,11 +34,35 @@ def ray_session(num_cpus: float = 2) -> Iterator[None]:
         cores = max(os.cpu_count() or 1, math.ceil(num_cpus))
         # Else Ray starts a worker for each logical CPU at once, and times out where they are more than the cores.
         unasked = {"prestart_worker_first_driver": False}
-        ray.init("local", num_cpus=cores, logging_level=logging.WARNING, _system_config=unasked)
+        with known_to_its_processes():
+            ray.init("local", num_cpus=cores, logging_level=logging.WARNING, _system_config=unasked)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def known_to_its_processes() -> Iterator[None]:
+    """Tell a Ray that starts here its own address, through the environment that its processes are given.
+
+    Where another Ray runs on the machine too, Ray Train would ask that one whether its controller lives, hear that it
+    does not, and end the workers ("Placement group was removed").
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ours = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def check_gpus(num_gpus: float) -> None:

@@ -135,16 +135,16 @@ class Engine:
         """
         size = self.size(recipe)
         found, scale = self.adapters[adapter], recipe.adapter_scale
-        prompts = (recipe.negative_prompt, recipe.prompt)
-        images: tuple[Layers | None, Layers | None] = (None, None)
-        if recipe.reference is not None and scale != 0:
-            images = (self._image(adapter, None), self._image(adapter, recipe.reference))
-        rows = tuple((self._text(prompt), image, scale) for prompt, image in zip(prompts, images, strict=True))
+        told = [(recipe.negative_prompt, None), (recipe.prompt, recipe.reference)]
+        if recipe.guidance_scale == 1.0:
+            del told[0]
+        shown = recipe.reference is not None and scale != 0
+        rows = tuple((self._text(text), self._image(adapter, it) if shown else None, scale) for text, it in told)
         self._scheduler.set_timesteps(recipe.num_inference_steps)
         return Slot(
             recipe=recipe,
             number=number,
-            rows=rows[1:] if recipe.guidance_scale == 1.0 else rows,
+            rows=rows,
             latents=self.noise(recipe.seed + number, size),
             image_tokens=found.config.num_tokens,
             timesteps=self._scheduler.timesteps.tolist(),
@@ -226,8 +226,9 @@ class Engine:
         """Return what a reference, or none, is to each layer by the adapter of that name."""
 
         def make() -> Layers:
-            hidden = self.backbone.encode_image_null(1) if picture is None else self.backbone.encode_image([picture])
             adapter = self.adapters[name]
+            self.backbone.features = adapter.config.features
+            hidden = self.backbone.encode_image_null(1) if picture is None else self.backbone.encode_image([picture])
             return image_layers(self.backbone.unet, adapter, adapter.image_tokens(hidden))
 
         return self._kept.get((name, picture and (picture.size, pixels_sha256(picture))), make)

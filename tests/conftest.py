@@ -35,14 +35,18 @@ def ray_session() -> Iterator[str]:
     """The address of the session's one Ray, with four logical CPUs; it ends with the session."""
     import ray
 
-    context = ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=True,
-        logging_level="WARNING",
-        runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}},
-        _system_config={"metrics_report_interval_ms": 1000},  # not 10 s: a test reads the counters
-    )
+    from factory.session import known_to_its_processes
+
+    with known_to_its_processes():
+        context = ray.init(
+            "local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="WARNING",
+            runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}},
+            _system_config={"metrics_report_interval_ms": 1000},  # not 10 s: a test reads the counters
+        )
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

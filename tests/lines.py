@@ -12,7 +12,7 @@ from factory import schema
 
 
 def write_lines(root: Path) -> str:
-    """Write and return a dataset root with ten drawings to train on and three held out."""
+    """Write and return a dataset root with ten drawings to train on, eight of them accepted, and three held out."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(13):
@@ -24,11 +24,13 @@ def write_lines(root: Path) -> str:
             {
                 "frame_id": f"source-{number:012d}",
                 "source_id": "source",
+                "image": cv2.imencode(".png", cv2.applyColorMap(picture, cv2.COLORMAP_OCEAN))[1].tobytes(),
                 "training_sketch": cv2.imencode(".png", picture)[1].tobytes(),
                 "caption": f"drawing {number}",
                 "keywords": ["anime sketch", "line art"],
                 "split": "train" if number < 10 else "validation",
                 "selected": True,
+                "review": "accepted" if number % 5 else "pending",
             }
         )
     table = schema.to_table("samples", rows)

@@ -284,10 +284,12 @@ def test_a_truncated_bare_file_and_one_of_another_layout_are_refused(adapter: Ad
     (tmp_path / "short.safetensors").write_bytes(save(state)[:-10])
     with pytest.raises(AdapterError, match=r"short\.safetensors"):
         Adapter.from_pretrained(tmp_path / "short.safetensors")
-    base_variant = {"image_proj.proj.weight": torch.zeros(4, 4), "ip_adapter.1.to_k_ip.weight": torch.zeros(4, 4)}
-    (tmp_path / "base.safetensors").write_bytes(save(base_variant))
-    with pytest.raises(AdapterError, match=r"base\.safetensors is not an IP-Adapter-Plus file"):
-        Adapter.from_pretrained(tmp_path / "base.safetensors")
+    face = {"image_proj.proj.0.weight": torch.zeros(4, 4), "ip_adapter.1.to_k_ip.weight": torch.zeros(4, 4)}
+    (tmp_path / "face.safetensors").write_bytes(save(face))
+    with pytest.raises(
+        AdapterError, match=r"face\.safetensors is not an IP-Adapter file \(1 missing: image_proj\.proj_in"
+    ):
+        Adapter.from_pretrained(tmp_path / "face.safetensors")
     (tmp_path / "extra.safetensors").write_bytes(save({**state, "image_proj.odd": torch.zeros(1)}))
     with pytest.raises(AdapterError, match=r"image_proj\.odd"):
         Adapter.from_pretrained(tmp_path / "extra.safetensors")

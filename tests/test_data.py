@@ -109,7 +109,7 @@ def test_half_of_the_samples_are_flipped_if_asked_and_nothing_else_changes():
     sample = Sample(
         frame_id="f", text="a girl", target=square_pixels(Image.fromarray(row), 8), reference=Image.fromarray(row)
     )
-    left, right = flipped([sample, sample], [plain[0], replace(plain[0], flip=True)])
+    left, right = flipped([sample, sample], [False, True])
     assert left is sample
     assert torch.equal(right.target, sample.target.flip(-1))
     assert np.array_equal(np.asarray(right.reference), row[:, ::-1])

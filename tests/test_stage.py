@@ -195,9 +195,16 @@ def _in_a_ray_of_its_own(script: str) -> str:
 def test_a_stage_that_asks_for_more_cores_than_there_are_does_not_wait_for_ever() -> None:
     told = _in_a_ray_of_its_own(
         "import os, ray; from factory.session import ray_session\n"
-        "with ray_session(os.cpu_count() + 3): print(ray.cluster_resources()['CPU'] - os.cpu_count())"
+        "with ray_session(os.cpu_count() + 3):\n"
+        "    print(ray.cluster_resources()['CPU'] - os.cpu_count())\n"
+        "    print(ray.get_runtime_context().gcs_address)\n"
+        "    print(ray.get(ray.remote(lambda: os.environ['RAY_ADDRESS']).remote()), os.environ.get('RAY_ADDRESS'))"
     )
-    assert told.split() == ["3.0"]
+    cpus, address, in_a_worker, after = told.split()
+    assert cpus == "3.0"
+    # beside another Ray, a worker would ask that one: which has never heard of a run's controller, and ends the run
+    assert in_a_worker.rpartition(":")[2] == address.rpartition(":")[2]
+    assert after == "None"
 
 
 def test_a_gpu_that_is_not_there_is_wrong_usage() -> None:

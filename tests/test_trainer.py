@@ -10,16 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from factory.files import check_sealed
+from serving.engine import Engine, Recipe
 from tests.lines import files, write_lines
 from trainer import loop
 from trainer.__main__ import main
-from trainer.adapter import Adapter, AdapterConfig, read_config
-from trainer.backbone import load_backbone
+from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, read_config
+from trainer.backbone import ddim, load_backbone
 from trainer.base import find_base
 from trainer.config import DataConfig, TrainerConfig, WorkersConfig
 from trainer.run import Run
@@ -68,7 +72,8 @@ def test_a_run_logs_every_step_and_writes_sealed_folders(whole: Path, dataset: s
     validations = {record["step"]: record["validation_loss"] for record in history if "validation_loss" in record}
     assert list(validations) == [0, 3, 6]
     (base,) = [record for record in history if "base_validation_loss" in record]
-    assert base["step"] == 0 and 0.5 < base["base_validation_loss"] < 2
+    assert base["step"] == 0
+    assert 0.5 < base["base_validation_loss"] < 2
     assert base["base_validation_loss"] != base["validation_loss"]  # a new adapter adds something already
 
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-3", "step-6"]
@@ -81,7 +86,13 @@ def test_a_run_logs_every_step_and_writes_sealed_folders(whole: Path, dataset: s
 
     facts = read_config(whole)
     assert facts["step"] == 6
-    assert facts["base"] == {"id": twin.name, "weights_hash": find_base(str(twin)).hash(), "random_weights": True}
+    hashed = find_base(str(twin)).hash()
+    assert facts["base"] == {
+        "id": twin.name,
+        "weights_hash": hashed,
+        "image_encoder": None,
+        "random_weights": True,
+    }
     assert facts["dataset"] == {"uri": "lines", "version": 1, "tag": None, "samples": 10}
     assert facts["preprocessing"]["size"] == 56
     assert str(twin.parent) not in json.dumps(facts)
@@ -101,6 +112,31 @@ def test_only_the_adapter_is_trained(whole: Path, config: TrainerConfig, twin: P
     assert saved.keys() == {f"{moment}.{key}" for moment in ("exp_avg", "exp_avg_sq") for key in state}
     assert all(tensor.shape == state[key.partition(".")[2]].shape for key, tensor in saved.items())
     assert not [path for path in whole.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]  # nothing to unpickle
+
+
+def test_stock_diffusers_draws_our_picture_from_every_checkpoint(whole: Path, twin: Path):
+    sketch = np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8)
+    reference = Image.fromarray(sketch).resize((80, 80), Image.Resampling.NEAREST).convert("RGB")
+    seen = []
+    for folder in (whole / "checkpoints" / "step-3", whole / "checkpoints" / "step-6"):
+        recipe = Recipe(prompt="line art", reference=reference, num_inference_steps=3, adapter_scale=1.0, seed=7)
+        (ours,) = Engine.load(str(folder / "adapter"), base=str(twin)).infer(recipe)
+        stock = StableDiffusionPipeline.from_pretrained(twin, local_files_only=True)
+        stock.scheduler = ddim()
+        stock.set_progress_bar_config(disable=True)
+        stock.load_ip_adapter(str(folder), subfolder="adapter", weight_name=WEIGHTS, image_encoder_folder=None)
+        stock.set_ip_adapter_scale(1.0)
+        theirs = stock(
+            recipe.prompt,
+            negative_prompt=recipe.negative_prompt,
+            ip_adapter_image=reference,
+            num_inference_steps=3,
+            guidance_scale=recipe.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(7),
+        ).images[0]
+        assert abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() < 2
+        seen.append(np.asarray(ours).astype(int))
+    assert abs(seen[0] - seen[1]).max() >= 2  # each drew with its own weights
 
 
 def test_three_steps_and_again_to_six_equal_six_in_one_go_also_past_a_damaged_checkpoint(

@@ -1,10 +1,10 @@
-"""The image-prompt adapter: a Resampler and decoupled cross-attention on a frozen UNet, and its file.
+"""The image-prompt adapter: image tokens and decoupled cross-attention on a frozen UNet, and its file.
 
-Structure, names and file layout are those of IP-Adapter-Plus (tencent-ailab/IP-Adapter, `resampler.py` and
-`attention_processor.py`), so that stock loaders read what is written here.
+Structure, names and file layout are those of IP-Adapter and IP-Adapter-Plus (tencent-ailab/IP-Adapter, `resampler.py`
+and `attention_processor.py`), so that stock loaders read what is written here.
 
-Shape suffixes: B batch, N image patches + CLS, E vision width, D Resampler width, T tokens, C cross-attention width,
-S spatial positions, H width of an attention layer.
+Shape suffixes: B batch, N image patches + CLS, E vision width, T tokens, C cross-attention width, S spatial positions,
+H width of an attention layer.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError
@@ -26,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from factory.files import DamagedFolder, check_sealed, new_folder, write_atomic
+from trainer.projection import AdapterConfig, PooledAdapterConfig, Resampler, Sizes, attend, sizes_of
 
 WEIGHTS = "ip_adapter.safetensors"
 CONFIG = "config.json"
@@ -33,85 +32,6 @@ CONFIG = "config.json"
 
 class AdapterError(ValueError):
     """An adapter that can't be used: damaged, of another layout, or made for another base."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Sizes of the Resampler. Stock loaders accept depth 4, dim_head 64 and ff_mult 4 only; widths may differ."""
-
-    cross_attention_dim: int  # width of the text tokens that the UNet attends to: 768 for SD v1.5
-    embedding_dim: int  # hidden size of the image encoder: 1280 for ViT-H/14
-    dim: int  # width of the Resampler, a multiple of dim_head; 768 for SD v1.5
-    num_tokens: int = 16  # image tokens per picture
-    depth: int = 4  # Resampler layers
-    dim_head: int = 64  # size of one attention head; loaders take heads = dim // 64
-    ff_mult: int = 4  # hidden width of the feed-forward part, in units of dim
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}.")
-        if self.dim % self.dim_head:
-            raise ValueError(f"dim must be a multiple of dim_head {self.dim_head}, got {self.dim}.")
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> AdapterConfig:
-        """Return the sizes that the tensors of an adapter file (flat keys) have. KeyError when a tensor is missing."""
-        embedding_dim = state["image_proj.proj_in.weight"].shape[1]
-        _, num_tokens, dim = state["image_proj.latents"].shape
-        depth = len([key for key in state if re.fullmatch(r"image_proj\.layers\.\d+\.0\.to_q\.weight", key)])
-        return cls(
-            cross_attention_dim=state["image_proj.proj_out.weight"].shape[0],
-            embedding_dim=embedding_dim,
-            dim=dim,
-            num_tokens=num_tokens,
-            depth=depth,
-            ff_mult=state["image_proj.layers.0.1.1.weight"].shape[0] // dim,
-        )
-
-
-class PerceiverAttention(nn.Module):
-    """Attention of latent queries over image features and the latents themselves."""
-
-    def __init__(self, dim: int, dim_head: int) -> None:
-        super().__init__()
-        self.heads = dim // dim_head
-        self.norm1 = nn.LayerNorm(dim)  # of the image features
-        self.norm2 = nn.LayerNorm(dim)  # of the latents
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)  # rows: first half keys, second half values
-        self.to_out = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x_BND: Tensor, latents_BTD: Tensor) -> Tensor:
-        """Return the update (B,T,D) of the latents."""
-        latents_BTD = self.norm2(latents_BTD)
-        keys, values = self.to_kv(torch.cat([self.norm1(x_BND), latents_BTD], dim=1)).chunk(2, dim=-1)
-        return self.to_out(attend(self.to_q(latents_BTD), keys, values, self.heads))
-
-
-class Resampler(nn.Module):
-    """Perceiver resampler: image features (B,N,E) to image tokens (B,T,C)."""
-
-    def __init__(self, config: AdapterConfig) -> None:
-        super().__init__()
-        dim, hidden = config.dim, config.dim * config.ff_mult
-        self.latents = nn.Parameter(torch.randn(1, config.num_tokens, dim) / dim**0.5)
-        self.proj_in = nn.Linear(config.embedding_dim, dim)
-        self.proj_out = nn.Linear(dim, config.cross_attention_dim)
-        self.norm_out = nn.LayerNorm(config.cross_attention_dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, config.dim_head), _feed_forward(dim, hidden)])
-            for _ in range(config.depth)
-        )
-
-    def forward(self, hidden_BNE: Tensor) -> Tensor:
-        """Return image tokens (B,T,C) for hidden states (B,N,E) of the image encoder."""
-        latents_BTD = self.latents.expand(hidden_BNE.shape[0], -1, -1)
-        x_BND = self.proj_in(hidden_BNE)
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
-            latents_BTD = attention(x_BND, latents_BTD) + latents_BTD
-            latents_BTD = feed_forward(latents_BTD) + latents_BTD
-        return self.norm_out(self.proj_out(latents_BTD))
 
 
 class DecoupledCrossAttention(nn.Module):
@@ -154,17 +74,18 @@ class Adapter(nn.Module):
     Keys of `ip_adapter` are the layer's position in `unet.attn_processors` (down, up, mid): "1", "3", … "31".
     """
 
-    def __init__(self, config: AdapterConfig, layers: Mapping[str, int]) -> None:
+    def __init__(self, config: Sizes, layers: Mapping[str, int]) -> None:
         """Build with random weights; `layers` maps each key of `ip_adapter` to the width of its attention layer."""
         super().__init__()
         self.config = config
-        self.image_proj = Resampler(config)
+        self.stored: dict[str, torch.dtype] = {}  # dtype of each tensor in the file that was read, and of what is saved
+        self.image_proj = config.projection()
         self.ip_adapter = nn.ModuleDict(
             {key: DecoupledCrossAttention(size, config.cross_attention_dim) for key, size in layers.items()}
         )
 
     @classmethod
-    def for_unet(cls, unet: UNet2DConditionModel, config: AdapterConfig) -> Adapter:
+    def for_unet(cls, unet: UNet2DConditionModel, config: Sizes) -> Adapter:
         """Return a new adapter in fp32: to_k_ip and to_v_ip start as copies of each layer's to_k and to_v."""
         layers = cross_attention(unet)
         adapter = cls(config, {key: attn.to_k.out_features for key, attn in layers.items()})
@@ -192,7 +113,7 @@ class Adapter(nn.Module):
             attn.set_processor(AttnProcessor2_0())
 
     def image_tokens(self, hidden_BNE: Tensor) -> Tensor:
-        """Return image tokens (B,T,C) of hidden states (B,N,E), the image encoder's `hidden_states[-2]`."""
+        """Return image tokens (B,T,C) of what `config.features` names of the image encoder, (B,N,E)."""
         return self.image_proj(hidden_BNE)
 
     def denoise(
@@ -230,12 +151,16 @@ class Adapter(nn.Module):
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
         """Write the adapter folder of contract 2: weights, config.json with `facts`, SHA256SUMS; aside, then renamed.
 
-        The tensors keep their dtype. `facts` must be JSON: base id and weights hash, preprocessing, dataset, step.
+        An adapter that was read from a file is written with that file's dtypes, so that a published one in fp16 stays
+        one; a new adapter keeps its own. `facts` must be JSON: base id and weights hash, preprocessing, dataset, step.
         """
         with new_folder(folder) as aside:
-            state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+            state = {
+                key: value.detach().to("cpu", self.stored.get(key, value.dtype)).contiguous()
+                for key, value in self.state_dict().items()
+            }
             write_atomic(aside / WEIGHTS, save(state))
-            config = {"adapter": dataclasses.asdict(self.config), **facts}
+            config = {"adapter": {"variant": self.config.variant} | dataclasses.asdict(self.config), **facts}
             write_atomic(aside / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
@@ -243,7 +168,7 @@ class Adapter(nn.Module):
         """Return the adapter in `folder`: an adapter folder, a run folder, or a bare published `.safetensors` file.
 
         On the CPU, in `dtype`. FileNotFoundError when nothing is there; AdapterError when it is damaged (a folder is
-        checked against its SHA256SUMS), a pickle, or not in the IP-Adapter-Plus layout.
+        checked against its SHA256SUMS), a pickle, or not in the layout of IP-Adapter or IP-Adapter-Plus.
         """
         path = find_adapter(folder)
         if path.is_dir():
@@ -252,20 +177,28 @@ class Adapter(nn.Module):
             except DamagedFolder as error:
                 raise AdapterError(f"{error} Copy the adapter again, or take another checkpoint of its run.") from None
         file = path / WEIGHTS if path.is_dir() else path
-        state = _read(file)
+        return cls.from_state(_read(file), dtype=dtype, name=str(file))
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], *, dtype: torch.dtype = torch.float32, name: str) -> Adapter:
+        """Return the adapter with the tensors (flat keys) of the file called `name`, on the CPU in `dtype`.
+
+        AdapterError naming tensors that are missing, unknown or of another shape than the layout has.
+        """
         try:
-            config = AdapterConfig.of(state)
-            layers = {
-                key.split(".")[1]: value.shape[0] for key, value in state.items() if key.endswith(".to_k_ip.weight")
-            }
+            config = sizes_of(state)
+            names = [key for key in state if re.fullmatch(r"ip_adapter\.\d+\.to_k_ip\.weight", key)]
+            layers = {str(n): state[f"ip_adapter.{n}.to_k_ip.weight"].shape[0] for n in range(1, 2 * len(names), 2)}
             with torch.device("meta"):
-                adapter = cls(config, dict(sorted(layers.items(), key=lambda item: int(item[0]))))
-            adapter.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
-        except (KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise AdapterError(
-                f"{file} is not an IP-Adapter-Plus file ({error}). Take one with keys image_proj.latents, … and "
-                "ip_adapter.1.to_k_ip.weight, …, such as ip-adapter-plus_sd15.safetensors."
-            ) from None
+                adapter = cls(config, layers)
+        except (KeyError, ValueError, IndexError) as error:
+            words = f"1 missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise AdapterError(f"{name} is not an IP-Adapter file ({words}). {_LAYOUT}") from None
+        odd = _odd({key: value.shape for key, value in adapter.state_dict().items()}, state)
+        if odd or not layers:
+            raise AdapterError(f"{name} is not an IP-Adapter file ({odd or 'nothing in ip_adapter'}). {_LAYOUT}")
+        adapter.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+        adapter.stored = {key: value.dtype for key, value in state.items()}
         return adapter.requires_grad_(True)
 
     def check(self, unet: UNet2DConditionModel) -> None:
@@ -331,22 +264,35 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{file} is damaged or not safetensors ({error}). Copy or download it again.") from None
 
 
+_LAYOUT = (
+    "Take one with keys image_proj.latents, … (Plus) or image_proj.proj.weight, … and ip_adapter.1.to_k_ip.weight, …, "
+    "such as ip-adapter-plus_sd15.safetensors."
+)
+
+
+def _odd(want: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> str:
+    """Return in words which tensors of `state` are missing, unknown, or have other shapes than `want`; "" for none."""
+    shapes = [
+        f"{key} {tuple(state[key].shape)}, not {tuple(shape)}"
+        for key, shape in want.items()
+        if key in state and state[key].shape != shape
+    ]
+    found = {
+        "missing": [key for key in want if key not in state],
+        "unknown": [key for key in state if key not in want],
+        "of another shape": shapes,
+    }
+    return "; ".join(
+        f"{len(keys)} {what}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+        for what, keys in found.items()
+        if keys
+    )
+
+
 def cross_attention(unet: UNet2DConditionModel) -> dict[str, Any]:
     """Return the attn2 layers of `unet` by their position in `attn_processors`: down blocks, up blocks, mid block."""
     attention = [(name, module) for name, module in unet.named_modules() if isinstance(module, Attention)]
     return {str(i): module for i, (name, module) in enumerate(attention) if name.endswith("attn2")}
-
-
-def _feed_forward(dim: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(dim), nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False)
-    )
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Return multi-head attention (B,S,H) of query (B,S,H) over key and value (B,T,H)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 __all__ = [
@@ -354,6 +300,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "DecoupledCrossAttention",
+    "PooledAdapterConfig",
     "Resampler",
     "attend",
     "cross_attention",

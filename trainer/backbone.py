@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import (
 
 from factory.files import check_sealed, new_folder, write_atomic
 from trainer.base import BaseFiles, find_base
+from trainer.projection import HIDDEN, POOLED
 
 TWIN = "twin.json"  # marks a pipeline folder with random weights
 TWIN_RECIPE = 1  # raised when make_twin gives other weights for the same seed
@@ -45,6 +46,7 @@ class Backbone:
     image_processor: CLIPImageProcessor  # gives mean and std; the picture is resized here, see encode_image
     files: BaseFiles  # what was loaded
     random_weights: bool  # True for a twin: pictures are noise, shapes and code paths are real
+    features: str = HIDDEN  # what encode_image gives: `config.features` of the adapter that reads it
 
     @property
     def id(self) -> str:
@@ -79,7 +81,7 @@ class Backbone:
             "size": self.image_encoder.config.image_size,
             "mean": list(self.image_processor.image_mean),
             "std": list(self.image_processor.image_std),
-            "features": "hidden_states[-2]",
+            "features": self.features,
         }
 
     def token_count(self, text: str) -> int:
@@ -101,8 +103,9 @@ class Backbone:
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return hidden_states[-2] (B,N,E) of the image encoder for PIL pictures of any size and mode.
+        """Return `features` (B,N,E) of the image encoder for PIL pictures of any size and mode.
 
+        HIDDEN is hidden_states[-2], N patches + CLS; POOLED the projected embedding, N = 1 (IP-Adapter, section 3.2.1).
         The whole picture is resized to the encoder's square, aspect not kept, so that nothing is cut off: the stock
         processor crops the centre (the IP-Adapter README advises this too). For a square picture both are the same.
         """
@@ -113,26 +116,36 @@ class Backbone:
             do_center_crop=False,
             return_tensors="pt",
         ).pixel_values
-        return self._hidden(pixels)
+        return self.encode_pixels(pixels)
 
     @torch.no_grad()
     def encode_image_null(self, batch: int) -> Tensor:
-        """Return hidden_states[-2] (B,N,E) of "no picture": zeros after normalisation, as IP-Adapter was trained."""
+        """Return `features` (B,N,E) of "no picture", as IP-Adapter was trained: those of pixels that are zero after
+        normalisation; of POOLED, zeros."""
         side = self.image_encoder.config.image_size
-        return self._hidden(torch.zeros(1, 3, side, side)).expand(batch, -1, -1)
-
-    def _hidden(self, pixels_B3HW: Tensor) -> Tensor:
-        pixels_B3HW = pixels_B3HW.to(self.device, self.image_encoder.dtype)
-        return self.image_encoder(pixels_B3HW, output_hidden_states=True).hidden_states[-2]
+        features_1NE = self.encode_pixels(torch.zeros(1, 3, side, side))
+        return (torch.zeros_like(features_1NE) if self.features == POOLED else features_1NE).expand(batch, -1, -1)
 
     @torch.no_grad()
+    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
+        """Return `features` (B,N,E) of normalised pixels, squares of the image encoder's size."""
+        pixels_B3HW = pixels_B3HW.to(self.device, self.image_encoder.dtype)
+        return _FEATURES[self.features](self.image_encoder(pixels_B3HW, output_hidden_states=True))
+
+    @torch.no_grad()
+    def posterior(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation (B,4,h,w), fp32, of the latents, unscaled, of pixels in [-1,1]."""
+        posterior = self.vae.encode(pixels_B3HW.to(self.device, self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def sample_latents(self, mean_B4hw: Tensor, std_B4hw: Tensor, noise_B4hw: Tensor) -> Tensor:
+        """Return scaled latents (B,4,h,w): the sample of a posterior that standard normal `noise` draws."""
+        return (mean_B4hw + std_B4hw * noise_B4hw.to(mean_B4hw)) * self.vae.config.scaling_factor
+
     def image_to_latents(self, pixels_B3HW: Tensor, noise_B4hw: Tensor | None = None) -> Tensor:
         """Return scaled latents (B,4,h,w), fp32, of pixels in [-1,1]: a sample drawn with `noise`, else the mode."""
-        posterior = self.vae.encode(pixels_B3HW.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mean.float()
-        if noise_B4hw is not None:
-            latents = latents + posterior.std.float() * noise_B4hw.to(latents)
-        return latents * self.vae.config.scaling_factor
+        mean, std = self.posterior(pixels_B3HW)
+        return self.sample_latents(mean, std, torch.zeros_like(mean) if noise_B4hw is None else noise_B4hw)
 
     @torch.no_grad()
     def latents_to_image(self, latents_B4hw: Tensor) -> np.ndarray:
@@ -143,6 +156,12 @@ class Backbone:
     def scheduler(self) -> DDIMScheduler:
         """Return a new DDIM scheduler for SD v1.5, whatever the folder says: some mirrors lack clip_sample."""
         return ddim()
+
+
+_FEATURES: dict[str, Callable[[Any], Tensor]] = {
+    HIDDEN: lambda output: output.hidden_states[-2],
+    POOLED: lambda output: output.image_embeds[:, None],
+}
 
 
 def load_backbone(

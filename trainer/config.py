@@ -31,6 +31,10 @@ class DataConfig:
     both_drop_rate: float = 0.05  # share with neither
     random_flip: bool = False  # half of the samples are mirrored, target and reference alike; captions stay as they are
     validation_samples: int = 16  # pictures of the held-out split that are scored; 0: no validation
+    cache: Literal["auto", "required", "never"] = (
+        "auto"  # train on what `python -m trainer cache` made: where it is there
+    )
+    cache_dtype: Literal["float16", "float32"] = "float16"  # of a cache's numbers; float16 rounds to 11 bits: 0.05 %
 
     def __post_init__(self) -> None:
         rates = {name: getattr(self, name) for name in ("image_drop_rate", "text_drop_rate", "both_drop_rate")}
@@ -103,6 +107,7 @@ class TrainerConfig:
     pretrained_model_name_or_path: str = ""  # the frozen base: a diffusers folder or hub id; --base
     image_encoder: str | None = None  # folder, or owner/name/sub/folder on the hub; None: the base's own
     adapter: str | None = None  # start from this adapter's weights; None: a new one
+    variant: Literal["plus", "base"] = "plus"  # of a new adapter: IP-Adapter-Plus, or IP-Adapter with 4 tokens
     resampler_dim: int | None = None  # width of a new Resampler; None: the base's text width, rounded up to 64
     data: DataConfig = field(default_factory=DataConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)

@@ -216,11 +216,11 @@ def draw(
     return drawn
 
 
-def flipped(samples: Sequence[Sample], draws: Sequence[Draw]) -> list[Sample]:
-    """Return the samples, those whose draw says so with target and reference mirrored; texts stay."""
+def flipped(samples: Sequence[Sample], flips: Sequence[bool]) -> list[Sample]:
+    """Return the samples, those of `flips` with target and reference mirrored; texts stay."""
     return [
-        replace(s, target=s.target.flip(-1), reference=ImageOps.mirror(s.reference)) if d.flip else s
-        for s, d in zip(samples, draws, strict=True)
+        replace(s, target=s.target.flip(-1), reference=ImageOps.mirror(s.reference)) if flip else s
+        for s, flip in zip(samples, flips, strict=True)
     ]
 
 

@@ -34,7 +34,11 @@ def make_engine(adapter: Adapter, config: TrainerConfig) -> Any:
         "train_micro_batch_size_per_gpu": config.train_batch_size // parts,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,  # DeepSpeed's default is 1.0
-        "zero_optimization": {"stage": config.workers.zero_stage},
+        # DeepSpeed sets a bucket for gradients aside whole: by default 2 GB
+        "zero_optimization": {
+            "stage": config.workers.zero_stage,
+            "reduce_bucket_size": sum(parameter.numel() for parameter in adapter.parameters()),
+        },
         # no "safe modules": gradients are exchanged in fp32
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 30,

@@ -20,11 +20,18 @@ from factory.files import SUMS, DamagedFolder, check_sealed, sha256_file
 from factory.session import ray_session
 from factory.settings import absolute
 from trainer.base import find_base, name_of
+from trainer.cache import cache_facts, find_cache, key_of
 from trainer.config import TrainerConfig
 from trainer.data import FITTING, Samples
 from trainer.pictures import asked
 from trainer.run import Run, code_version
 from trainer.tracker import check, open_tracker
+
+ENVIRONMENT = {  # of processes that load models
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",  # bars of model loading
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def fit(config: TrainerConfig) -> dict[str, Any]:
@@ -36,13 +43,13 @@ def fit(config: TrainerConfig) -> dict[str, Any]:
     config = _absolute(config)
     run = Run(config.output)
     with run.lock():
-        config, facts = _describe(config, run)
+        config, facts, cache = _describe(config, run)
         step = run.newest()
         if step >= config.max_train_steps:
             print(f"Run {run.folder} is finished: step {step} of {config.max_train_steps}. Nothing to do.", flush=True)
         else:
             with ray_session(config.workers.num_workers * config.workers.cpus_per_worker + 1):
-                _train(config, facts)
+                _train(config, facts, cache)
         _mend(run)
     return _summary(run)
 
@@ -54,7 +61,7 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
     from trainer.worker import Worker  # loads the model libraries, which only workers need
 
     config: TrainerConfig = job["config"]
-    worker = Worker(config, get_device(), job["facts"])  # type: ignore[arg-type]
+    worker = Worker(config, get_device(), job["facts"], job["cache"])  # type: ignore[arg-type]
     step = first = worker.resume()
     log = _Log(config, first) if worker.rank == 0 else None
     best = worker.best_loss()
@@ -132,13 +139,11 @@ class _Log:
         self.report(step, numbers)
 
 
-def _train(config: TrainerConfig, facts: dict[str, Any]) -> None:
+def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> None:
     """Run Ray Train. Its own storage is thrown away: resuming is decided by the seals of the run folder alone."""
     storage = Path(config.output) / ".ray"
     environment = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",  # bars of model loading
-        "TRANSFORMERS_VERBOSITY": "error",
+        **ENVIRONMENT,
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows each printed line twice
     }
     if not config.workers.use_gpu:
@@ -146,7 +151,7 @@ def _train(config: TrainerConfig, facts: dict[str, Any]) -> None:
     resources = {"CPU": config.workers.cpus_per_worker, **({"GPU": 1} if config.workers.use_gpu else {})}
     trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"config": config, "facts": facts},
+        train_loop_config={"config": config, "facts": facts, "cache": cache},
         scaling_config=ScalingConfig(
             num_workers=config.workers.num_workers, use_gpu=config.workers.use_gpu, resources_per_worker=resources
         ),
@@ -167,6 +172,18 @@ def _absolute(config: TrainerConfig) -> TrainerConfig:
     """Return `config` with absolute paths; ValueError for one that is missing, or relative in a Ray job."""
     if not config.output:
         raise ValueError("No run folder given. Say where to train: --output /path/of/the/run")
+    return dataclasses.replace(
+        absolute_inputs(config),
+        output=absolute(config.output, "--output"),
+        pictures=dataclasses.replace(
+            config.pictures,
+            references=tuple(absolute(path, "pictures.references") for path in config.pictures.references),
+        ),
+    )
+
+
+def absolute_inputs(config: TrainerConfig) -> TrainerConfig:
+    """Return `config` with absolute paths of dataset, base and adapter; ValueError as of `_absolute`."""
     if not config.data.root:
         raise ValueError("No dataset given. Say where it is: --root /path/of/the/dataset")
     if not config.pretrained_model_name_or_path:
@@ -176,15 +193,10 @@ def _absolute(config: TrainerConfig) -> TrainerConfig:
         )
     return dataclasses.replace(
         config,
-        output=absolute(config.output, "--output"),
         data=dataclasses.replace(config.data, root=absolute(config.data.root, "--root")),
         pretrained_model_name_or_path=_model(config.pretrained_model_name_or_path, "--base"),
         image_encoder=config.image_encoder and _model(config.image_encoder, "image_encoder"),
         adapter=config.adapter and absolute(config.adapter, "adapter"),
-        pictures=dataclasses.replace(
-            config.pictures,
-            references=tuple(absolute(path, "pictures.references") for path in config.pictures.references),
-        ),
     )
 
 
@@ -194,8 +206,9 @@ def _model(name_or_path: str, option: str) -> str:
     return absolute(name_or_path, option) if local else name_or_path
 
 
-def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str, Any]]:
-    """Return `config` with the dataset version pinned, and the facts for config.json; refuse a run made otherwise."""
+def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str, Any], str | None]:
+    """Return `config` with the dataset version pinned, the facts for config.json, and the URI of the cache that is
+    trained on, if any; refuse a run made otherwise."""
     pinned = run.pinned_version()
     if pinned is not None and config.data.version is None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, version=pinned))
@@ -209,10 +222,14 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, version=samples.version))
     base = find_base(config.pretrained_model_name_or_path, config.image_encoder)
     base_hash = base.hash()
+    inputs = cache_facts(config, samples, base, base_hash)
+    cache = find_cache(config, inputs, run.began())
     run.claim(
         {
+            "cache": cache and key_of(inputs),
             "base_weights_hash": base_hash,
             "adapter": config.adapter and _adapter_hash(config.adapter),
+            "variant": config.variant,
             "resampler_dim": config.resampler_dim,
             "dataset_version": samples.version,
             "dataset_fingerprint": samples.fingerprint,
@@ -223,7 +240,11 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
         }
     )
     facts = {
-        "base": {"id": base.id, "weights_hash": base_hash},
+        "base": {
+            "id": base.id,
+            "weights_hash": base_hash,
+            "image_encoder": config.image_encoder and name_of(config.image_encoder),
+        },
         "dataset": {"uri": name_of(config.data.root), "version": samples.version, "tag": tag, "samples": len(samples)},
         "training": {name: getattr(config, name) for name in (*_SETTINGS, "gradient_accumulation_steps")},
         "preprocessing": {
@@ -234,7 +255,7 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
         },
         "code_version": code_version(),
     }
-    return config, facts
+    return config, facts, cache
 
 
 _SETTINGS = (  # what the trained weights depend on

@@ -69,10 +69,15 @@ class Run:
                     "Use the same setting to go on, or give another --output."
                 )
 
+    def began(self) -> dict[str, Any] | None:
+        """Return what the run was made with; None for a new run."""
+        file = self.folder / "run.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
     def pinned_version(self) -> int | None:
         """Return the dataset version that the run began with; None for a new run."""
-        file = self.folder / "run.json"
-        return json.loads(file.read_text())["dataset_version"] if file.exists() else None
+        began = self.began()
+        return began["dataset_version"] if began else None
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint at `step`."""

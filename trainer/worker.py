@@ -24,18 +24,22 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from factory.files import new_folder, write_atomic
-from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, cross_attention
+from trainer.adapter import WEIGHTS, Adapter, cross_attention
 from trainer.align import TIMESTEPS, align, record_queries
 from trainer.backbone import load_backbone
+from trainer.cache import Cache
 from trainer.config import TrainerConfig
-from trainer.data import Draw, Sample, Samples, batch_indices, draw, flipped, generator_of, share
+from trainer.data import Draw, Samples, batch_indices, draw, generator_of, share
+from trainer.encoders import Encoders, Source, with_drops
 from trainer.engine import load_optimizer_state, make_engine, optimizer_state, set_learning_rate, whole_parameters
 from trainer.loss import add_noise, min_snr_weights, noise_loss
 from trainer.optimizers import ema_decay_at, learning_rate_at
 from trainer.pictures import asked, draw_picture, write_sheet
+from trainer.projection import VARIANTS
 from trainer.run import Run
 
-STATE = "state/optimizer.safetensors"  # of a checkpoint: AdamW's moments; with an average, the weights too
+# of a checkpoint: AdamW's moments; the weights too where the adapter folder has their average, or has them rounded
+STATE = "state/optimizer.safetensors"
 T = TypeVar("T")
 RECORDED = 16  # samples of a pass whose queries the alignment takes
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
@@ -44,8 +48,13 @@ QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture
 class Worker:
     """What `train_loop_per_worker` calls; every method runs on all ranks together."""
 
-    def __init__(self, config: TrainerConfig, device: torch.device, facts: dict[str, Any]) -> None:
-        """Load the base, build the adapter and its DeepSpeed engine; `facts` go into every adapter's config.json."""
+    def __init__(
+        self, config: TrainerConfig, device: torch.device, facts: dict[str, Any], cache: str | None = None
+    ) -> None:
+        """Load the base, build the adapter and its DeepSpeed engine; `facts` go into every adapter's config.json.
+
+        With the URI of a `cache` the encoders' part of training is read from there.
+        """
         torch.set_num_threads(config.workers.num_threads)
         self.config, self.device, self.facts = config, device, facts
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -65,12 +74,16 @@ class Worker:
         if config.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
             self.base.unet.train()  # checkpointing acts in train mode only; SD v1.5 has no dropout
+        adapter = self._new_adapter()
+        self.base.features = adapter.config.features
         self.facts["base"]["random_weights"] = self.base.random_weights
         self.facts["preprocessing"] |= self.base.preprocessing
-        self.null_1NE = self.base.encode_image_null(1)
-        adapter = self._new_adapter()
-        self._ahead = ThreadPoolExecutor(1)  # decodes the next batch while this one trains
-        self._next: tuple[int, Future[list[Sample]]] | None = None
+        self.null_1NE, self.null_1TC = self.base.encode_image_null(1), self.base.encode_text([""])
+        self.source: Source = Encoders(self.base, self.samples)
+        if cache:
+            self.source = Cache(cache, self.samples.frame_ids, device=device, dtype=self.base.unet.dtype)
+        self._ahead = ThreadPoolExecutor(1)  # reads the next batch while this one trains
+        self._next: tuple[int, Future[tuple[list[Draw], list[Any]]]] | None = None
         self._waited = 0.0  # seconds that a step has waited for its samples
         self._newest = self._of_rank_0(self.run.newest)  # step of the checkpoint that this run goes on from
         state = self._load(adapter) if self._newest else {}
@@ -81,8 +94,10 @@ class Worker:
         self._copy: Adapter | None = None
         if config.ema_decay or config.workers.zero_stage == 3:
             self._copy = copy.deepcopy(adapter).requires_grad_(False)
-        if weights := {name.removeprefix("weight."): value for name, value in state.items() if name[:7] == "weight."}:
-            adapter.load_state_dict(weights)
+        for prefix, module in (("weight.", adapter), ("average.", self._copy)):
+            if found := {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}:
+                assert module is not None
+                module.load_state_dict(found)
         self.engine = make_engine(adapter, config)
         if state:
             load_optimizer_state(self.engine, state, self._newest)
@@ -119,11 +134,7 @@ class Worker:
         """
         size, accumulate = self.config.train_batch_size, self.config.gradient_accumulation_steps
         places = share(size, self.rank, self.world_size)
-        draws = [
-            draw(self.config.seed, step, place, self.latent, self.config.data, self.config.noise_offset)
-            for place in places
-        ]
-        samples = flipped(self._read(step, places), draws)
+        draws, samples = self._read(step, places)
         part = len(places) // accumulate
         total = torch.zeros((), device=self.device)
         set_learning_rate(self.engine, rate := self.learning_rate(step))
@@ -184,10 +195,14 @@ class Worker:
     def save(self, step: int) -> None:
         """Write checkpoints/step-N aside on rank 0, the adapter and its state; then seal, rename, prune."""
         state = optimizer_state(self.engine)
-        if self.config.ema_decay:
+        # what the adapter folder does not have to the last bit
+        rounded = any(dtype != torch.float32 for dtype in self.adapter.stored.values())
+        if self.config.ema_decay or rounded:
             with whole_parameters(self.engine):
-                weights = {name: value.detach().cpu().clone() for name, value in self.adapter.named_parameters()}
-            state |= {f"weight.{name}": value for name, value in weights.items()}
+                state |= _copies("weight.", self.adapter)
+        if self.config.ema_decay and rounded:
+            assert self._copy is not None
+            state |= _copies("average.", self._copy)
         with self._published() as adapter:
             if self.rank == 0:
                 with new_folder(self.run.checkpoint(step)) as aside:
@@ -245,11 +260,8 @@ class Worker:
         """Return the adapter to train, on the device in fp32, the same on every rank."""
         if self.config.adapter:
             return Adapter.from_pretrained(self.config.adapter).to(self.device)
-        width = self.base.unet.config.cross_attention_dim
-        config = AdapterConfig(
-            cross_attention_dim=width,
-            embedding_dim=self.base.image_encoder.config.hidden_size,
-            dim=self.config.resampler_dim or -(-width // 64) * 64,
+        config = VARIANTS[self.config.variant].fitting(
+            self.base.unet.config.cross_attention_dim, self.base.image_encoder.config, self.config.resampler_dim
         )
         torch.manual_seed(self.config.seed)
         return Adapter.for_unet(self.base.unet, config).to(self.device)
@@ -259,21 +271,19 @@ class Worker:
         size, steps = self.config.train_batch_size, self.config.alignment_steps
         places = share(size, self.rank, self.world_size)
 
-        def drawn(step: int, places: Sequence[int]) -> list[Draw]:
-            draws = [draw(self.config.seed, step, place, self.latent, self.config.data) for place in places]
+        def told(draws: list[Draw]) -> list[Draw]:
             # what an adapter adds without a picture is nothing: no text either
             return [dataclasses.replace(d, drop_text=d.drop_image) for d in draws]
 
         def noisy(step: int) -> None:  # the same on every rank
-            indices = batch_indices(self.config.seed, step, size, len(self.samples))[:RECORDED]
-            draws = [dataclasses.replace(d, timestep=TIMESTEPS[step]) for d in drawn(step, range(len(indices)))]
-            samples = flipped(self.samples.read(indices), draws)
+            draws, samples = self._drawn(step, range(min(size, RECORDED)))
+            draws = [dataclasses.replace(d, timestep=TIMESTEPS[step]) for d in told(draws)]
             noisy, timesteps, text, _, _ = self._encode(samples, draws)
             adapter.denoise(self.base.unet, noisy, timesteps, text, text[:, :0], 0.0)
 
         def batch(step: int) -> tuple[Tensor, Tensor]:
-            draws = drawn(step, places)
-            return self._told(flipped(self._read(step, places), draws), draws)
+            draws, samples = self._read(step, places)
+            return self._told(samples, told(draws))
 
         def progress(losses: list[float]) -> float:
             step, every = len(losses), self.config.logging_steps
@@ -291,46 +301,44 @@ class Worker:
             self.run.rewind(-1)
         torch.manual_seed(self.config.seed)
         passes = [functools.partial(noisy, step) for step in range(len(TIMESTEPS))]
-        queries, empty = record_queries(self.base.unet, passes), self.base.encode_text([""])
-        bf16 = self.config.mixed_precision == "bf16"
-        align(adapter, self.base.unet, queries, empty, batch, progress=progress, bf16=bf16, reduce=average)
+        queries, bf16 = record_queries(self.base.unet, passes), self.config.mixed_precision == "bf16"
+        align(adapter, self.base.unet, queries, self.null_1TC, batch, progress=progress, bf16=bf16, reduce=average)
 
-    def _read(self, step: int, places: Sequence[int]) -> list[Sample]:
-        """Return this rank's samples of `step`, and begin to read those of the next."""
-
-        def read(step: int) -> list[Sample]:
-            indices = batch_indices(self.config.seed, step, self.config.train_batch_size, len(self.samples))
-            return self.samples.read([indices[place] for place in places])
-
-        ahead = self._next[1] if self._next and self._next[0] == step else self._ahead.submit(read, step)
+    def _read(self, step: int, places: Sequence[int]) -> tuple[list[Draw], list[Any]]:
+        """Return this rank's draws and samples of `step`, and begin to read those of the next."""
+        ahead = self._next[1] if self._next and self._next[0] == step else self._ahead.submit(self._drawn, step, places)
         begun = time.monotonic()
-        samples = ahead.result()
+        read = ahead.result()
         self._waited = time.monotonic() - begun
-        self._next = (step + 1, self._ahead.submit(read, step + 1))
-        return samples
+        self._next = (step + 1, self._ahead.submit(self._drawn, step + 1, places))
+        return read
 
-    def _encode(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> tuple[Tensor, ...]:
+    def _drawn(self, step: int, places: Sequence[int]) -> tuple[list[Draw], list[Any]]:
+        """Return draws and samples at `places` of the global batch of `step`."""
+        seed, data = self.config.seed, self.config.data
+        indices = batch_indices(seed, step, self.config.train_batch_size, len(self.samples))
+        draws = [draw(seed, step, place, self.latent, data, self.config.noise_offset) for place in places]
+        return draws, self.source.read([indices[place] for place in places], [d.flip for d in draws])
+
+    def _encode(
+        self, samples: Sequence[Any], draws: Sequence[Draw], source: Source | None = None
+    ) -> tuple[Tensor, ...]:
         """Return what one forward pass takes: noisy latents, time steps, text tokens, image features, noise (fp32)."""
+        source = source or self.source
         noise = torch.stack([d.noise_4hw for d in draws]).to(self.device)
-        posterior = torch.stack([d.posterior_4hw for d in draws])
         timesteps = torch.tensor([d.timestep for d in draws], device=self.device)
-        latents = self.base.image_to_latents(torch.stack([s.target for s in samples]), posterior)
+        mean, std = source.posterior(samples)
+        latents = self.base.sample_latents(mean, std, torch.stack([d.posterior_4hw for d in draws]))
         noisy = add_noise(self.scheduler, latents, noise, timesteps).to(self.base.unet.dtype)
-        return noisy, timesteps, *self._told(samples, draws), noise
+        return noisy, timesteps, *self._told(samples, draws, source), noise
 
-    def _told(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    def _told(
+        self, samples: Sequence[Any], draws: Sequence[Draw], source: Source | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return text states (B,77,C) and image features (B,N,E), each of nothing where it is dropped."""
-        text = self.base.encode_text(["" if d.drop_text else s.text for s, d in zip(samples, draws, strict=True)])
-        hidden = self._features([None if d.drop_image else s.reference for s, d in zip(samples, draws, strict=True)])
-        return text, hidden
-
-    def _features(self, pictures: Sequence[Image.Image | None]) -> Tensor:
-        """Return image features (B,N,E); the null picture's where there is none."""
-        hidden = self.null_1NE.repeat(len(pictures), 1, 1)
-        shown = [i for i, picture in enumerate(pictures) if picture is not None]
-        if shown:
-            hidden[shown] = self.base.encode_image([picture for picture in pictures if picture is not None])
-        return hidden
+        source = source or self.source
+        text = with_drops(self.null_1TC, samples, [d.drop_text for d in draws], source.texts)
+        return text, with_drops(self.null_1NE, samples, [d.drop_image for d in draws], source.features)
 
     def _loss(self, model: Any, batch: tuple[Tensor, ...], snr_gamma: float = 0.0) -> Tensor:
         noisy, timesteps, text, hidden, noise = batch
@@ -340,9 +348,10 @@ class Worker:
     def _held_out(self) -> list[tuple[Tensor, ...]]:
         """Return this rank's encoded validation batches: each picture at each of QUANTILES, nothing dropped."""
         held_out = Samples(self.config.data, "validation")
+        encoders = Encoders(self.base, held_out)
         count = min(self.config.data.validation_samples, len(held_out))
         jobs = [(i, timestep) for i in range(count) for timestep in QUANTILES][self.rank :: self.world_size]
-        part = self.config.train_batch_size // self.world_size
+        part = self.config.train_batch_size // (self.world_size * self.config.gradient_accumulation_steps)
         batches = []
         for start in range(0, len(jobs), part):
             chunk = jobs[start : start + part]
@@ -356,8 +365,14 @@ class Worker:
                 )
                 for i, timestep in chunk
             ]
-            batches.append(self._encode(held_out.read([i for i, _ in chunk]), draws))
+            samples = encoders.read([i for i, _ in chunk], [False] * len(chunk))
+            batches.append(self._encode(samples, draws, encoders))
         return batches
+
+
+def _copies(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
+    """Return copies of the adapter's parameters on the CPU, by name after `prefix`."""
+    return {prefix + name: value.detach().cpu().clone() for name, value in adapter.named_parameters()}
 
 
 def _peak_memory(device: torch.device) -> float:

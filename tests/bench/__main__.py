@@ -6,7 +6,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +20,22 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 def main(names: list[str]) -> int:
     """Print the tables named; return the exit code. Without names all but `cuts`, `large` and `cuts-live`."""
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
     from tests.bench.cores import cores
     from tests.bench.cuts import cuts
     from tests.bench.cuts_live import cuts_live
     from tests.bench.decoding import decoding
     from tests.bench.duplicates import duplicates
     from tests.bench.large import large
+    from tests.bench.reading import reading
     from tests.bench.sampling import sampling
     from tests.bench.seams import seams
     from tests.bench.sketching import tiling, truth
     from tests.bench.text import text
+    from tests.bench.training import training
 
     speeds = {"decoding": decoding, "cores": cores, "sampling": sampling, "tiling": tiling}
+    speeds |= {"reading": reading, "training": training}
     finds = {
         "duplicates": duplicates,
         "text": text,
@@ -55,7 +60,7 @@ def main(names: list[str]) -> int:
     return 0
 
 
-def _print_speeds(tables: list[Callable[[Path], list[Comparison]]]) -> None:
+def _print_speeds(tables: list[Callable[[Path], Iterable[Comparison]]]) -> None:
     """Print what is measured in time, as one table."""
     import torch
 

@@ -35,14 +35,19 @@ def compare(
     *,
     rounds: int = 5,
     warm_up: bool = True,
+    before: Callable[[], object] = lambda: None,
 ) -> Comparison:
-    """Run both sides `rounds` times in turn (A B, B A, ...), after once to warm up; each returns its units of work."""
+    """Run both sides `rounds` times in turn (A B, B A, ...), after once to warm up; each returns its units of work.
+
+    `before` is called before each of them, and is not measured.
+    """
     sides = {"ours": ours, "peer": peer}
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
     for side in sides.values() if warm_up else ():
         side()
     for turn in range(rounds):
         for name in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
+            before()
             start = time.perf_counter()
             work = sides[name]()
             rates[name].append(work / (time.perf_counter() - start))
