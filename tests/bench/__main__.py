@@ -19,8 +19,9 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 
 def main(names: list[str]) -> int:
-    """Print the tables named; return the exit code. Without names all but `cuts`, `large` and `cuts-live`."""
+    """Print the tables named; return the exit code. Without names all but `cuts`, `large`, `capacity` and `cuts-live`."""
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    from tests.bench.capacity import capacity
     from tests.bench.cores import cores
     from tests.bench.cuts import cuts
     from tests.bench.cuts_live import cuts_live
@@ -41,6 +42,7 @@ def main(names: list[str]) -> int:
         "text": text,
         "truth": truth,
         "seams": seams,
+        "capacity": capacity,
         "large": large,
         "cuts": cuts,
         "cuts-live": cuts_live,

@@ -2,61 +2,103 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from transformers import CLIPImageProcessor
 
+from factory.toon import draw, random_pose, random_scene
 from serving.engine import Engine
 from serving.recipe import Recipe
 from tests.bench.harness import Comparison, compare
-from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
-from trainer.backbone import load_backbone, make_twin
+from trainer.adapter import WEIGHTS, Adapter
+from trainer.backbone import Backbone, load_backbone
+from trainer.base import MICRO
+from trainer.projection import VARIANTS
+from trainer.sd15 import BaseSizes, backbone_of
 
-STEPS = 50
 
-
-def sampling(folder: Path) -> list[Comparison]:
-    """Return the comparisons on a random-weight base: text with a reference, one picture and four."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
+def sampling(folder: Path) -> Iterator[Comparison]:
+    """Yield the comparisons: one picture and four on the micro base, one on it compiled, one on a full-size base with
+    random weights and few steps."""
     torch.set_num_threads(2)
-    base = make_twin(folder / "twin")
-    backbone = load_backbone(str(base))
-    unet = backbone.unet
-    config = AdapterConfig(
-        cross_attention_dim=unet.config.cross_attention_dim,
-        embedding_dim=backbone.image_encoder.config.hidden_size,
-        dim=64,
-    )
-    adapter = Adapter.for_unet(unet, config)
-    adapter.save_pretrained(folder / "adapter")
-    engine = Engine(backbone, adapter)
+    micro = load_backbone(str(MICRO))
+    recipe = Recipe(prompt="a girl with long hair, line art", reference=sketch(), num_inference_steps=25)
+    engine, stock = Engine(micro, adapter := new_adapter(micro)), stock_pipeline(micro, adapter, folder / "micro")
+    yield versus("micro base", engine, stock, recipe)
+    yield versus("micro base, n = 4", engine, stock, dataclasses.replace(recipe, n=4))
+    engine.backbone.unet.forward = torch.compile(engine.backbone.unet.forward)
+    stock.unet.forward = torch.compile(stock.unet.forward)
+    yield versus("micro base, both compiled", engine, stock, recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        full = backbone_of(BaseSizes().models(), VARIANTS["plus"].features)
+    full = dataclasses.replace(full, tokenizer=micro.tokenizer, image_processor=CLIPImageProcessor())
+    engine, stock = Engine(full, adapter := new_adapter(full)), stock_pipeline(full, adapter, folder / "full")
+    few = dataclasses.replace(recipe, num_inference_steps=3, size=(256, 256))
+    yield versus("SD v1.5's sizes, 256 px, 3 steps", engine, stock, few, rounds=3)
 
-    stock = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    stock.scheduler = DDIMScheduler.from_config(backbone.scheduler().config)
-    stock.load_ip_adapter(str(folder), subfolder="adapter", weight_name=WEIGHTS, image_encoder_folder=None)
-    stock.set_ip_adapter_scale(0.5)
-    stock.set_progress_bar_config(disable=True)
-    sketch = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
-    def ours(n: int) -> int:
-        return len(engine.infer(Recipe(prompt="line art", reference=sketch, num_inference_steps=STEPS, n=n)))
+def versus(title: str, engine: Engine, stock: Any, recipe: Recipe, rounds: int = 7) -> Comparison:
+    """Return pictures a second on both sides."""
+    steps = recipe.num_inference_steps
 
-    def peer(n: int) -> int:
+    def peer() -> int:
+        width, height = engine.size(recipe)
         done = stock(
-            "line art",
-            ip_adapter_image=sketch,
-            num_inference_steps=STEPS,
-            num_images_per_prompt=n,
-            generator=[torch.Generator().manual_seed(i) for i in range(n)],
+            recipe.prompt,
+            ip_adapter_image=recipe.reference,
+            num_inference_steps=steps,
+            num_images_per_prompt=recipe.n,
+            generator=[torch.Generator().manual_seed(i) for i in range(recipe.n)],
+            width=width,
+            height=height,
         )
         return len(done.images)
 
-    return [
-        compare(
-            f"sampler / stock diffusers, {STEPS} steps, n = {n}", "images/s", lambda n=n: ours(n), lambda n=n: peer(n)
-        )
-        for n in (1, 4)
-    ]
+    return compare(
+        f"sampler / stock diffusers, {title}, {steps} steps", "images/s", lambda: len(engine.infer(recipe)), peer,
+        rounds=rounds,
+    )  # fmt: skip
+
+
+def new_adapter(base: Backbone) -> Adapter:
+    """Return a new adapter for `base`, as a run starts from."""
+    sizes = VARIANTS["plus"].fitting(base.unet.config.cross_attention_dim, base.image_encoder.config, None)
+    return Adapter.for_unet(base.unet, sizes)
+
+
+def stock_pipeline(base: Backbone, adapter: Adapter, folder: Path) -> Any:
+    """Return the stock pipeline with the same weights, its UNet a copy."""
+    adapter.save_pretrained(folder / "adapter")
+    stock = StableDiffusionPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=copy.deepcopy(base.unet),
+        scheduler=DDIMScheduler.from_config(base.scheduler().config),
+        safety_checker=None,
+        feature_extractor=base.image_processor,
+        image_encoder=base.image_encoder,
+        requires_safety_checker=False,
+    )
+    stock.unet.set_attn_processor(AttnProcessor2_0())
+    stock.load_ip_adapter(str(folder), subfolder="adapter", weight_name=WEIGHTS, image_encoder_folder=None)
+    stock.set_ip_adapter_scale(Recipe(prompt="").adapter_scale)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def sketch() -> Image.Image:
+    """Return a square line drawing."""
+    rng = random.Random(0)
+    scene = random_scene(rng)
+    return Image.fromarray(draw(scene, (256, 256), [random_pose(rng) for _ in scene.figures]).lines).convert("RGB")
