@@ -19,7 +19,7 @@ os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "er
 
 
 def main(names: list[str]) -> int:
-    """Print the tables named; return the exit code. Without names all but `cuts`, `large`, `capacity` and `cuts-live`."""
+    """Print the tables named; return the exit code. Without names those that take minutes are left out."""
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     from tests.bench.capacity import capacity
     from tests.bench.cores import cores

@@ -36,7 +36,8 @@ def capacity() -> Iterator[str]:
     engine = Engine(base, new_adapter(base))
     seconds = step_seconds(engine, ONLY, 16)
     cap = best_cap(seconds)
-    yield f"Seconds of a step by pictures in it: { ({n: round(s, 4) for n, s in seconds.items()}) }; at most {cap} at a time."
+    measured = ", ".join(f"{count}: {taken:.4f}" for count, taken in seconds.items())
+    yield f"Seconds of a step by pictures in it: {measured}; at most {cap} at a time."
     yield ""
     ours, peer = Ours(engine, cap), Peer(engine)
     alone = asyncio.run(unloaded(ours))
@@ -56,7 +57,8 @@ def capacity() -> Iterator[str]:
             best[side.name] = rate
             rate *= GROWTH
     yield ""
-    yield f"Capacity: {best[ours.name]:.2f} against {best[peer.name]:.2f} requests/s, {best[ours.name] / best[peer.name]:.2f} times."
+    most, peers = best[ours.name], best[peer.name]
+    yield f"Capacity: {most:.2f} against {peers:.2f} requests/s, {most / peers:.2f} times."
 
 
 class Ours:
