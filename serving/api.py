@@ -23,6 +23,7 @@ from serving import protocol
 from serving.config import ServingConfig
 from serving.gate import Gate, server_error
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
+from serving.rates import Rates
 from serving.worker import Event, Facts, Job, Picture, Started
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -52,6 +53,7 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
     `digests` are those of the allowed keys (`serving/keys.py`); None asks for none.
     """
     metrics = _Metrics()
+    rates = Rates(concurrent=config.limits.max_concurrent_per_key, per_minute=config.limits.max_per_minute_per_key)
 
     async def busy(http: Request, error: Exception) -> Response:
         """Answer 429: at once, so that a client can wait or go elsewhere."""
@@ -88,6 +90,7 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         holder = contextlib.AsyncExitStack()
         started = time.monotonic()
         try:
+            holder.enter_context(rates.held(getattr(http.state, "key", None)))
             await holder.enter_async_context(place())
             async with asyncio.timeout(config.request_timeout_s):
                 request, job, warnings = await read_job(http, route)

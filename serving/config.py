@@ -40,6 +40,9 @@ class Limits:
     max_image_pixels: int = 4096 * 4096
     # bytes of a request, enforced by Content-Length and while a chunked body is read
     max_body_bytes: int = 16 * 2**20
+    # requests that one key may have under way at a time, and send in a minute, at each ingress replica
+    max_concurrent_per_key: int = 16
+    max_per_minute_per_key: int = 600
     # seconds that a client has to send its body
     body_timeout_s: float = 60.0
     # seconds that a client has to take one event of a streamed answer, before its place is given to another

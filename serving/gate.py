@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import Limits
-from serving.keys import allowed
+from serving.keys import find_key
 from serving.protocol import ApiError
 
 log = logging.getLogger("ray.serve")  # Serve's own logger, so that lines land in the replica's log
@@ -63,15 +63,16 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        if self.digests is not None and scope["path"] not in OPEN and not allowed(
-            headers.get("authorization", ""), self.digests
-        ):  # fmt: skip
-            raise ApiError(
-                401,
-                "A valid key is needed: send the header `Authorization: Bearer KEY`.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if self.digests is not None and scope["path"] not in OPEN:
+            key = find_key(headers.get("authorization", ""), self.digests)
+            if key is None:
+                raise ApiError(
+                    401,
+                    "A valid key is needed: send the header `Authorization: Bearer KEY`.",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+            scope.setdefault("state", {})["key"] = key
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(
                 400, "Send the body as it is: Content-Encoding is not supported.", code="unsupported_encoding"

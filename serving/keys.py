@@ -37,9 +37,9 @@ def load_keys(path: str) -> frozenset[str]:
     return frozenset(digests)
 
 
-def allowed(authorization: str, digests: frozenset[str]) -> bool:
-    """Say whether an `Authorization: Bearer KEY` header holds one of the keys; every digest is compared."""
+def find_key(authorization: str, digests: frozenset[str]) -> str | None:
+    """Return the digest of the key in an `Authorization: Bearer KEY` header, None for no known one; all are compared."""
     scheme, _, key = authorization.partition(" ")
     digest = hashlib.sha256(key.strip().encode("utf-8", "surrogatepass")).hexdigest()
     found = [hmac.compare_digest(digest, known) for known in digests]
-    return scheme.lower() == "bearer" and any(found)
+    return digest if scheme.lower() == "bearer" and any(found) else None

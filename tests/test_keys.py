@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import hashlib
 from typing import Any
 
+import httpx
 import pytest
 
-from serving.keys import allowed, load_keys
+from serving.keys import find_key, load_keys
+from serving.protocol import ApiError
+from serving.rates import Rates
 from tests.asking import (
+    CONFIG,
     EDITS,
     GENERATIONS,
     GOOD,
     JSON,
+    FakeBackend,
     ask,
     check_error,
+    client,
 )
 
 
@@ -41,8 +49,8 @@ def test_a_key_file_holds_digests_only(tmp_path: Any) -> None:
     digest = hashlib.sha256(b"k").hexdigest()
     file.write_text(f"# ours\n\n{digest}  -\n{digest.upper()} again\n")
     assert load_keys(str(file)) == {digest}
-    assert allowed("bearer k", load_keys(str(file)))
-    assert not allowed("Bearer K", load_keys(str(file)))
+    assert find_key("bearer k", load_keys(str(file))) == digest
+    assert find_key("Bearer K", load_keys(str(file))) is None
     file.write_text("plain-secret-key\n")
     with pytest.raises(ValueError, match="line 1: not a sha256") as error:
         load_keys(str(file))
@@ -52,3 +60,43 @@ def test_a_key_file_holds_digests_only(tmp_path: Any) -> None:
         load_keys(str(file))
     with pytest.raises(FileNotFoundError, match="No key file"):
         load_keys(str(tmp_path / "absent"))
+
+
+def test_a_key_has_bounds_of_its_own_and_a_refusal_says_how_long() -> None:
+    now = 0.0
+    rates = Rates(concurrent=2, per_minute=3, clock=lambda: now)
+    with rates.held("a"), rates.held("a"):
+        with pytest.raises(ApiError) as refused, rates.held("a"):
+            pass
+        assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
+        with rates.held("b"), rates.held(None), rates.held(None), rates.held(None), rates.held(None):
+            pass
+    with rates.held("a"):
+        pass
+    with pytest.raises(ApiError, match="3 requests a minute. Try again in 20 s") as refused, rates.held("a"):
+        pass
+    assert refused.value.headers["Retry-After"] == "20"
+    now = 20.0
+    with rates.held("a"):
+        pass
+    now = 1000.0  # it never holds more than a minute's
+    for _ in range(3):
+        with rates.held("a"):
+            pass
+    with pytest.raises(ApiError), rates.held("a"):
+        pass
+
+
+def test_requests_beyond_a_keys_bounds_are_answered_429() -> None:
+    digests = frozenset({hashlib.sha256(b"right").hexdigest()})
+    config = dataclasses.replace(CONFIG, limits=dataclasses.replace(CONFIG.limits, max_per_minute_per_key=2))
+
+    async def main() -> list[httpx.Response]:
+        async with client(FakeBackend(), config, digests) as http:
+            headers = {"Authorization": "Bearer right"}
+            return [await http.post(GENERATIONS, json=GOOD, headers=headers) for _ in range(3)]
+
+    *good, refused = asyncio.run(main())
+    assert [reply.status_code for reply in good] == [200, 200]
+    check_error(refused, 429, None, "rate_limit_exceeded")
+    assert refused.headers["Retry-After"] == "30"
