@@ -7,8 +7,9 @@ import base64
 import contextlib
 import dataclasses
 import json
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -58,10 +59,10 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
     async def busy(http: Request, error: Exception) -> Response:
         """Answer 429: at once, so that a client can wait or go elsewhere."""
         metrics.refused.inc()
-        message = (
-            f"Every place is taken, in the replicas and in the queue. Try again in {config.retry_after_s} seconds."
-        )
-        answer = ApiError(429, message, type="rate_limit_error", code="queue_full", headers=_retry_after(config))
+        wait = metrics.drained_in(config.min_replicas) or config.retry_after_s
+        message = f"Every place is taken, in the replicas and in the queue. Try again in {wait} seconds."
+        headers = {"Retry-After": str(wait)}
+        answer = ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers)
         return await _api_error(http, answer)
 
     api = FastAPI(
@@ -94,6 +95,7 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
             await holder.enter_async_context(place())
             async with asyncio.timeout(config.request_timeout_s):
                 request, job, warnings = await read_job(http, route)
+                holder.enter_context(metrics.owed(await backend.facts(), job))
                 events = backend.generate(job)
                 holder.push_async_callback(events.aclose)
                 first = await anext(events)  # Started: only now is it known that there is a place
@@ -258,6 +260,7 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.active = 0
+        self._owed, self._speed = 0.0, 0.0  # steps of a picture; and of them, what a replica takes in a second
         self.registry = CollectorRegistry()
         one: Any = {"registry": self.registry}
         self.responses = Counter("animesketch_http_responses", "Answers.", ["route", "status"], **one)
@@ -265,6 +268,23 @@ class _Metrics:
         self.pictures = Counter("animesketch_pictures", "Finished pictures.", ["route"], **one)
         self.seconds = Histogram("animesketch_request_seconds", "Time of finished requests.", ["route"], **one)
         self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
+
+    @contextlib.contextmanager
+    def owed(self, facts: Facts, job: Job) -> Iterator[None]:
+        """Count the steps of a job, in pictures of the native size, as under way while the block runs."""
+        recipe, (width, height) = job.recipe, facts.native_size
+        area = math.prod(recipe.size or facts.native_size) / (width * height)
+        steps = recipe.n * recipe.num_inference_steps * area
+        self._speed = facts.steps_per_second
+        self._owed += steps
+        try:
+            yield
+        finally:
+            self._owed -= steps
+
+    def drained_in(self, replicas: int) -> int | None:
+        """Return the seconds in which what is under way will be done, 1 at least; None where nobody knows."""
+        return max(1, math.ceil(self._owed / (self._speed * replicas))) if self._speed else None
 
     def count(self, path: str, status: int) -> None:
         known = path in (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics")

@@ -53,7 +53,7 @@ class SketchReplica:
         seconds = step_seconds(engine, ONLY, config.max_batch_size)
         cap = best_cap(seconds)
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
-        self.worker = Worker(engine, config.model, cap=cap)
+        self.worker = Worker(engine, config.model, cap=cap, steps_per_second=cap / seconds[cap])
 
     async def facts(self) -> Facts:
         """Return what this server is."""

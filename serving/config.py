@@ -83,7 +83,7 @@ class ServingConfig:
     max_ongoing_requests: int = 8
     # requests that wait for a replica; the next one gets 429 with Retry-After
     max_queued_requests: int = 16
-    # seconds that a client is told to wait after 429
+    # seconds that a client is told to wait after 429, until the first picture tells how fast the replicas are
     retry_after_s: int = 5
     # seconds until a request is given up with 503, waiting included
     request_timeout_s: float = 600.0

@@ -38,7 +38,7 @@ def load_keys(path: str) -> frozenset[str]:
 
 
 def find_key(authorization: str, digests: frozenset[str]) -> str | None:
-    """Return the digest of the key in an `Authorization: Bearer KEY` header, None for no known one; all are compared."""
+    """Return the digest of the key in an `Authorization: Bearer KEY` header; None unless it is one of `digests`."""
     scheme, _, key = authorization.partition(" ")
     digest = hashlib.sha256(key.strip().encode("utf-8", "surrogatepass")).hexdigest()
     found = [hmac.compare_digest(digest, known) for known in digests]

@@ -66,6 +66,8 @@ class Facts:
     size_multiple: int
     # random weights: pictures are noise, everything else is real
     random_weights: bool
+    # steps of a picture of the native size that a replica takes in a second, as measured at its start; 0 = unknown
+    steps_per_second: float = 0.0
 
 
 class SamplerStopped(Exception):
@@ -84,10 +86,11 @@ class _Running:
 class Worker:
     """Draws jobs on an engine."""
 
-    def __init__(self, engine: Engine, model: str, *, cap: int = 4) -> None:
-        """`cap`: pictures of the native size that are denoised at a time."""
+    def __init__(self, engine: Engine, model: str, *, cap: int = 4, steps_per_second: float = 0.0) -> None:
+        """`cap`: pictures of the native size that are denoised at a time; `steps_per_second`: as in Facts."""
         self.engine = engine
         self.model = model
+        self.steps_per_second = steps_per_second
         self.batcher = Batcher(engine, cap)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what to do before the next step
         self._running: dict[int, _Running] = {}  # by id of slot
@@ -105,6 +108,7 @@ class Worker:
             native_size=(backbone.native_size, backbone.native_size),
             size_multiple=backbone.latent_factor,
             random_weights=backbone.random_weights,
+            steps_per_second=self.steps_per_second,
         )
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:

@@ -34,11 +34,12 @@ class FakeBackend:
         self.fail: Exception | None = None
         self.down: str | None = None
         self.closed = 0
+        self.speed = 0.0
 
     async def facts(self) -> Facts:
         return Facts(
             model="animesketch", base="twin", base_weights_hash="ab", native_size=(64, 64), size_multiple=8,
-            random_weights=False,
+            random_weights=False, steps_per_second=self.speed,
         )  # fmt: skip
 
     async def trouble(self) -> str | None:

@@ -81,6 +81,25 @@ def test_a_full_queue_is_answered_429_at_once() -> None:
     assert response.headers["retry-after"] == "5"
 
 
+def test_a_refusal_says_how_long_what_is_under_way_will_take() -> None:
+    async def main() -> httpx.Response:
+        backend = FakeBackend()
+        backend.hold, backend.speed = asyncio.Event(), 10.0
+        async with client(backend) as http:  # one replica with one place, and one in the queue
+            asked = {**GOOD, "num_inference_steps": 40, "size": "128x64", "n": 2}  # 160 steps of 64 x 64 pixels
+            waiting = [asyncio.create_task(http.post(GENERATIONS, json=asked)) for _ in range(2)]
+            while len(backend.jobs) < 2:
+                await asyncio.sleep(0)
+            refused = await http.post(GENERATIONS, json=GOOD)
+            backend.hold.set()
+            await asyncio.gather(*waiting)
+        return refused
+
+    refused = asyncio.run(main())
+    check_error(refused, 429, None, "queue_full")
+    assert refused.headers["retry-after"] == "32"
+
+
 def test_the_ingress_holds_no_more_requests_than_there_are_places() -> None:
     async def main() -> tuple[list[int], int, str]:
         backend = FakeBackend()
