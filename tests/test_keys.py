@@ -73,7 +73,7 @@ def test_a_key_has_bounds_of_its_own_and_a_refusal_says_how_long() -> None:
             pass
     with rates.held("a"):
         pass
-    with pytest.raises(ApiError, match="3 requests a minute. Try again in 20 s") as refused, rates.held("a"):
+    with pytest.raises(ApiError, match=r"3 requests a minute\. Try again in 20 s") as refused, rates.held("a"):
         pass
     assert refused.value.headers["Retry-After"] == "20"
     now = 20.0
