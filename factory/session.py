@@ -65,9 +65,12 @@ def _known_to_its_processes() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def check_gpus(num_gpus: float) -> None:
-    """Raise UsageError where a task that asks for so many GPUs would wait for ever: a local Ray gets no more."""
+def check_gpus(num_gpus: float, without: str = "num_gpus=0") -> None:
+    """Raise UsageError where what asks for so many GPUs would wait for ever: a local Ray gets no more.
+
+    `without` is the setting that asks for none.
+    """
     import ray
 
     if not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < num_gpus:
-        raise UsageError(f"num_gpus={num_gpus:g}, but Ray sees no such GPU on this machine. Give --set num_gpus=0.")
+        raise UsageError(f"{num_gpus:g} GPU(s) asked for, but Ray sees fewer on this machine. Give --set {without}.")

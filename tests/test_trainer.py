@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file
 
 from factory.files import check_sealed
@@ -260,3 +261,20 @@ def test_the_command_ends_a_finished_run_with_zero_and_a_locked_one_with_one(
         done = command(*arguments)
     assert done.returncode == 1
     assert "Another process trains in" in done.stderr
+
+
+def test_a_run_that_comes_to_nan_ends_before_it_is_saved_and_begins_anew(
+    ray_session: str, config: TrainerConfig, tmp_path: Path
+):
+    workers = dataclasses.replace(config.workers, num_workers=1)
+    wild = dataclasses.replace(config, learning_rate=1e39, workers=workers, output=str(tmp_path / "wild"))
+    for _ in range(2):
+        with pytest.raises(WorkerGroupError, match=r"The loss of step 2 is not finite\. There is no checkpoint yet"):
+            loop.fit(wild)
+    run = Run(tmp_path / "wild")
+    assert run.steps() == []
+    assert [record["step"] for record in run.history()] == [0, 1]  # not those of the first time too
+    soon = dataclasses.replace(wild, checkpointing_steps=1, output=str(tmp_path / "soon"))
+    with pytest.raises(WorkerGroupError, match="After step 1 the adapter's weights are not finite"):
+        loop.fit(soon)
+    assert Run(tmp_path / "soon").steps() == []
