@@ -263,11 +263,11 @@ def test_the_command_ends_a_finished_run_with_zero_and_a_locked_one_with_one(
     assert "Another process trains in" in done.stderr
 
 
-def test_a_run_that_comes_to_nan_ends_before_it_is_saved_and_begins_anew(
+def test_a_run_that_comes_to_nan_ends_and_one_without_a_checkpoint_begins_anew(
     ray_session: str, config: TrainerConfig, tmp_path: Path
 ):
     workers = dataclasses.replace(config.workers, num_workers=1)
-    wild = dataclasses.replace(config, learning_rate=1e39, workers=workers, output=str(tmp_path / "wild"))
+    wild = dataclasses.replace(config, learning_rate=1e37, workers=workers, output=str(tmp_path / "wild"))
     for _ in range(2):
         with pytest.raises(WorkerGroupError, match=r"The loss of step 2 is not finite\. There is no checkpoint yet"):
             loop.fit(wild)
@@ -275,6 +275,6 @@ def test_a_run_that_comes_to_nan_ends_before_it_is_saved_and_begins_anew(
     assert run.steps() == []
     assert [record["step"] for record in run.history()] == [0, 1]  # not those of the first time too
     soon = dataclasses.replace(wild, checkpointing_steps=1, output=str(tmp_path / "soon"))
-    with pytest.raises(WorkerGroupError, match="After step 1 the adapter's weights are not finite"):
+    with pytest.raises(WorkerGroupError, match=r"step 2 is not finite\. The newest checkpoint is step-1\."):
         loop.fit(soon)
-    assert Run(tmp_path / "soon").steps() == []
+    assert Run(tmp_path / "soon").newest() == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from factory.files import SUMS, DamagedFolder, check_sealed, sha256_file
@@ -147,6 +147,7 @@ def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> N
     environment = {
         **ENVIRONMENT,
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows each printed line twice
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch, about what DeepSpeed calls
     }
     if not config.workers.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -161,6 +162,7 @@ def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> N
             name=uuid.uuid4().hex[:12],  # a new name: Ray would resume an old one from its own snapshot
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": environment},
         ),
     )
