@@ -159,7 +159,7 @@ On the held-out split, with fixed noise at fixed time steps; at step 0 that of t
 
 
 def _prompt(facts: dict[str, Any], began: dict[str, Any]) -> str:
-    """Return a text like those of the run that `began` so: with words for line art only where it learned lines by them."""
+    """Return a text like those of the run that `began` so: words for line art end it where it learned lines by them."""
     lines = facts["preprocessing"]["target_column"] == "training_sketch" and began.get("data.keywords", True)
     return ", ".join([EXAMPLE, *(CaptionConfig().keywords if lines else ())])
 

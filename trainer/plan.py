@@ -1,7 +1,7 @@
 """What a run needs before it is started: does it fit, with which ZeRO stage, and how long does it take.
 
-Memory and work are counted from the same pass as the run's (`trainer/walk.py`); no model is loaded. Times are the counted work
-at an assumed share of a GPU's peak: they leave out data, communication and validation.
+Memory and work are counted from the same pass as the run's (`trainer/walk.py`); no model is loaded. Times are the
+counted work at an assumed share of a GPU's peak: they leave out data, communication and validation.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ GIB = 2**30
 # each), and diffusers samples at 40 % (1.50 pictures of 83 TFLOP a second, in batches of 16)
 UTILISATION = 0.2
 STAGES = (0, 1, 2, 3)
-# The CUDA context and workspaces of cuDNN, cuBLAS, NCCL; of the step: fragmentation. The step alone was predicted 2 to 5 % too
-# low at batch 4, but 12 to 32 % at batch 1, which SLACK does not cover: those 0.03 to 0.09 GiB are to come from the GiB
+# The CUDA context and workspaces of cuDNN, cuBLAS, NCCL; of the step: fragmentation. The step alone was predicted 2 to
+# 5 % too low at batch 4, but 12 to 32 % at batch 1 (0.03 to 0.09 GiB), which SLACK does not cover: the GiB has to
 SET_ASIDE, SLACK = GIB, 0.1
 
 
