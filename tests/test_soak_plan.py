@@ -25,8 +25,9 @@ def how_to_read(rows: list[list[str]]) -> str:
     misses = [float(row[7]) - float(row[6]) for row in rows]
     left = [miss for miss, row in zip(misses, rows, strict=True) if miss > SLACK * float(row[6])]
     lines = [
-        "Idle is the process with its libraries, before the models are loaded. Weights dominate both sides, so the first",
-        '"off by" says little of the step. The last three columns are the step alone, above the loaded models; it is off by',
+        "Idle is the process with its libraries, before the models are loaded. Weights dominate both sides, so the",
+        'first "off by" says little of the step. The last three columns are the step alone, above the loaded models;',
+        "there the prediction is off by",
         ";\n".join(f"{' and '.join(off)} at {group}" for group, off in groups.items()) + ".",
         f"The {SLACK:.0%} that `plan` adds to a pass cover this in {len(rows) - len(left)} of {len(rows)} rows.",
     ]

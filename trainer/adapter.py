@@ -223,7 +223,7 @@ class Adapter(nn.Module):
 
 
 def adapter_sizes(base: Backbone, config: TrainerConfig) -> Sizes:
-    """Return the sizes of the adapter that `config` trains on `base`: its file's where it starts from one, else a new one's.
+    """Return the sizes of the adapter that `config` trains on `base`: of the file it starts from, else of a new one.
 
     Errors as in `Adapter.from_pretrained`; AdapterError too when the file reads wider or narrower features than the
     base's image encoder gives.
