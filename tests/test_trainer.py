@@ -116,8 +116,8 @@ def test_only_the_adapter_is_trained(whole: Path, config: TrainerConfig, twin: P
 
 
 def test_stock_diffusers_draws_our_picture_from_every_checkpoint(whole: Path, twin: Path):
-    sketch = np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8)
-    reference = Image.fromarray(sketch).resize((80, 80), Image.Resampling.NEAREST).convert("RGB")
+    sketch = np.random.default_rng(3).integers(0, 256, (8, 16), dtype=np.uint8)
+    reference = Image.fromarray(sketch).resize((160, 80), Image.Resampling.NEAREST).convert("RGB")
     seen = []
     for folder in (whole / "checkpoints" / "step-3", whole / "checkpoints" / "step-6"):
         recipe = Recipe(prompt="line art", reference=reference, num_inference_steps=3, adapter_scale=1.0, seed=7)
@@ -130,7 +130,7 @@ def test_stock_diffusers_draws_our_picture_from_every_checkpoint(whole: Path, tw
         theirs = stock(
             recipe.prompt,
             negative_prompt=recipe.negative_prompt,
-            ip_adapter_image=reference,
+            ip_adapter_image=reference.resize((56, 56)),  # stock would crop its centre
             num_inference_steps=3,
             guidance_scale=recipe.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(7),

@@ -157,12 +157,19 @@ class TrainerConfig:
             raise ValueError(f"ema_decay must be below 1, got {self.ema_decay}.")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("lr_warmup_steps needs lr_scheduler=constant_with_warmup or cosine.")
+
+    def samples_per_pass(self) -> int:
+        """Return the samples of one pass of a worker; ValueError when the batch does not divide into such passes.
+
+        Asked by what trains or plans: a cache of the same settings has no batch.
+        """
         parts = self.workers.num_workers * self.gradient_accumulation_steps
         if self.train_batch_size % parts:
             raise ValueError(
                 f"train_batch_size {self.train_batch_size} must be a multiple of num_workers "
                 f"{self.workers.num_workers} x gradient_accumulation_steps {self.gradient_accumulation_steps}."
             )
+        return self.train_batch_size // parts
 
 
 def micro() -> TrainerConfig:

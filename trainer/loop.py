@@ -173,9 +173,11 @@ def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> N
 
 
 def _absolute(config: TrainerConfig) -> TrainerConfig:
-    """Return `config` with absolute paths; ValueError for one that is missing, or relative in a Ray job."""
+    """Return `config` with absolute paths; ValueError for one that is missing, or relative in a Ray job, and for a
+    batch that the workers can't share."""
     if not config.output:
         raise ValueError("No run folder given. Say where to train: --output /path/of/the/run")
+    config.samples_per_pass()  # says now, not on a worker, that the batch does not divide
     return dataclasses.replace(
         absolute_inputs(config),
         output=absolute(config.output, "--output"),

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from factory.files import new_folder, write_atomic
-from trainer.adapter import WEIGHTS, Adapter, cross_attention
+from trainer.adapter import WEIGHTS, Adapter, adapter_sizes, cross_attention
 from trainer.align import TIMESTEPS, align, record_queries
-from trainer.backbone import load_backbone
+from trainer.backbone import load_backbone, set_checkpointing
 from trainer.cache import Cache
 from trainer.config import TrainerConfig
 from trainer.data import Draw, Samples, batch_indices, draw, generator_of, share, spread
@@ -36,7 +36,6 @@ from trainer.engine import load_optimizer_state, make_engine, optimizer_state, s
 from trainer.loss import add_noise, min_snr_weights, noise_loss
 from trainer.optimizers import ema_decay_at, learning_rate_at
 from trainer.pictures import asked, draw_picture, write_sheet
-from trainer.projection import VARIANTS
 from trainer.run import Run
 
 # of a checkpoint: AdamW's moments; the weights too where the adapter folder has their average, or has them rounded
@@ -76,9 +75,7 @@ class Worker:
         self.scheduler = self.base.scheduler()
         side = config.data.resolution // self.base.latent_factor
         self.latent = (self.base.vae.config.latent_channels, side, side)
-        if config.gradient_checkpointing:
-            self.base.unet.enable_gradient_checkpointing()
-            self.base.unet.train()  # checkpointing acts in train mode only; SD v1.5 has no dropout
+        set_checkpointing(self.base, config.gradient_checkpointing)
         adapter = self._new_adapter()
         self.base.features = adapter.config.features
         self.facts["base"]["random_weights"] = self.base.random_weights
@@ -275,11 +272,9 @@ class Worker:
         """Return the adapter to train, on the device in fp32, the same on every rank."""
         if self.config.adapter:
             return Adapter.from_pretrained(self.config.adapter).to(self.device)
-        config = VARIANTS[self.config.variant].fitting(
-            self.base.unet.config.cross_attention_dim, self.base.image_encoder.config, self.config.resampler_dim
-        )
+        sizes = adapter_sizes(self.base, self.config)
         torch.manual_seed(self.config.seed)
-        return Adapter.for_unet(self.base.unet, config).to(self.device)
+        return Adapter.for_unet(self.base.unet, sizes).to(self.device)
 
     def _align(self, adapter: Adapter) -> None:
         """Give a new adapter its warm start. Its batches are those of as many training steps, without noise."""
