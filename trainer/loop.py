@@ -234,6 +234,14 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
     base_hash = base.hash()
     inputs = cache_facts(config, samples, base, base_hash)
     cache = find_cache(config, inputs, run.began())
+    if cache:
+        print(f"On the cache {cache}: the encoders run for validation only.", flush=True)
+    if config.data.target == "image" and config.data.keywords:
+        print(
+            "Colour pictures are learned from texts that end with the keywords of line art. If that is not meant: "
+            "--set data.keywords=false",
+            flush=True,
+        )
     run.claim(
         {
             "cache": cache and key_of(inputs),
