@@ -34,7 +34,7 @@ def ray_session(num_cpus: float = 2) -> Iterator[None]:
         cores = max(os.cpu_count() or 1, math.ceil(num_cpus))
         # Else Ray starts a worker for each logical CPU at once, and times out where they are more than the cores.
         unasked = {"prestart_worker_first_driver": False}
-        with known_to_its_processes():
+        with _known_to_its_processes():
             ray.init("local", num_cpus=cores, logging_level=logging.WARNING, _system_config=unasked)
     try:
         yield
@@ -43,7 +43,7 @@ def ray_session(num_cpus: float = 2) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def known_to_its_processes() -> Iterator[None]:
+def _known_to_its_processes() -> Iterator[None]:
     """Tell a Ray that starts here its own address, through the environment that its processes are given.
 
     Where another Ray runs on the machine too, Ray Train would ask that one whether its controller lives, hear that it
@@ -65,9 +65,12 @@ def known_to_its_processes() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def check_gpus(num_gpus: float) -> None:
-    """Raise UsageError where a task that asks for so many GPUs would wait for ever: a local Ray gets no more."""
+def check_gpus(num_gpus: float, without: str = "num_gpus=0") -> None:
+    """Raise UsageError where what asks for so many GPUs would wait for ever: a local Ray gets no more.
+
+    `without` is the setting that asks for none.
+    """
     import ray
 
     if not os.environ.get("RAY_ADDRESS") and ray.cluster_resources().get("GPU", 0) < num_gpus:
-        raise UsageError(f"num_gpus={num_gpus:g}, but Ray sees no such GPU on this machine. Give --set num_gpus=0.")
+        raise UsageError(f"{num_gpus:g} GPU(s) asked for, but Ray sees fewer on this machine. Give --set {without}.")

@@ -35,18 +35,17 @@ def ray_session() -> Iterator[str]:
     """The address of the session's one Ray, with four logical CPUs; it ends with the session."""
     import ray
 
-    from factory.session import known_to_its_processes
-
-    with known_to_its_processes():
-        context = ray.init(
-            "local",
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=True,
-            logging_level="WARNING",
-            runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}},
-            _system_config={"metrics_report_interval_ms": 1000},  # not 10 s: a test reads the counters
-        )
+    # Where nothing listens. Without a dashboard of its own, Ray Train would ask that of another Ray on this machine
+    # whether a run's controller lives, hear that it does not, and end the run.
+    nowhere = "http://127.0.0.1:9"
+    context = ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level="WARNING",
+        runtime_env={"env_vars": {"PYTHONPATH": str(REPO), "RAY_API_SERVER_ADDRESS": nowhere}},
+        _system_config={"metrics_report_interval_ms": 1000},  # not 10 s: a test reads the counters
+    )
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

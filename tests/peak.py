@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainer.adapter import adapter_sizes
+from trainer.backbone import set_checkpointing
 from trainer.config import DataConfig, TrainerConfig
 from trainer.plan import state_bytes
 from trainer.sd15 import BaseSizes, backbone_of
-from trainer.walk import Walker, adapter_sizes, make_inputs, new_adapter, set_checkpointing, training_pass
+from trainer.walk import Walker, make_inputs, new_adapter, training_pass
 
 REPO = Path(__file__).parent.parent
 

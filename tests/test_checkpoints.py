@@ -178,3 +178,15 @@ def test_a_state_of_two_workers_goes_on_bit_for_bit_and_on_one_worker_with_any_s
             out, err = process.communicate(timeout=240)
             assert process.returncode == 0, err[-3000:]
             assert "equal" in out
+
+
+def test_what_a_killed_worker_left_is_put_back_or_removed(tmp_path: Path):
+    run = Run(tmp_path)
+    good = checkpoint(run, 3)
+    good.rename(good.with_name(".step-3.0123abcd.old"))  # killed between the two renames that replace a folder
+    (tmp_path / "best").mkdir()
+    (tmp_path / ".best.0123abcd.old").mkdir()  # killed just after them
+    (tmp_path / ".adapter.0123abcd.tmp").mkdir()
+    run.tidy()
+    assert run.newest() == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoints"]

@@ -18,7 +18,7 @@ from factory import schema
 from factory.__main__ import main as factory_main
 from trainer import data
 from trainer.config import DataConfig
-from trainer.data import Sample, Samples, batch_indices, draw, flipped, sample_text, share, square_pixels
+from trainer.data import Sample, Samples, batch_indices, draw, flipped, sample_text, share, spread, square_pixels
 
 
 def sketch(seed: int, width: int = 96, height: int = 72) -> np.ndarray:
@@ -289,3 +289,9 @@ def test_every_command_in_a_message_is_a_verb_of_the_factory():
         with pytest.raises(SystemExit) as stop:
             factory_main([verb, "--help"])
         assert stop.value.code == 0, verb
+
+
+def test_what_is_chosen_of_many_is_spread_over_them():
+    assert spread(4, 100) == [0, 25, 50, 75]
+    assert spread(3, 4) == [0, 1, 2]
+    assert spread(3, 3) == [0, 1, 2]

@@ -50,9 +50,14 @@ def engine(twin: Path, adapter_folder: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def reference() -> Image.Image:
-    """A square sketch: for it the stock image processor, which crops the centre, sees what ours sees."""
-    noise = np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8)
-    return Image.fromarray(noise).resize((80, 80), Image.Resampling.NEAREST).convert("RGB")
+    """A wide sketch: the stock image processor would crop its centre, so it is given `squeezed`."""
+    noise = np.random.default_rng(3).integers(0, 256, (8, 16), dtype=np.uint8)
+    return Image.fromarray(noise).resize((160, 80), Image.Resampling.NEAREST).convert("RGB")
+
+
+def squeezed(reference: Image.Image) -> Image.Image:
+    """The whole reference in the twin's 56 px, as the model card tells users of stock diffusers to do."""
+    return reference.resize((56, 56))
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +113,13 @@ def test_the_picture_with_a_reference_equals_stock_diffusers(
     engine: Engine, stock_with_adapter: StableDiffusionPipeline, reference: Image.Image
 ) -> None:
     ours = pixels(engine.infer(recipe(reference=reference))[0])
-    theirs = ask_stock(stock_with_adapter, "pil", ip_adapter_image=reference)
+    theirs = ask_stock(stock_with_adapter, "pil", ip_adapter_image=squeezed(reference))
     assert abs(ours - theirs.astype(int)).max() < 2
-    latents = ask_stock(stock_with_adapter, "latent", ip_adapter_image=reference)
-    assert abs(last_latents(engine, recipe(reference=reference)) - latents).max() < 1e-3
+    latents = ask_stock(stock_with_adapter, "latent", ip_adapter_image=squeezed(reference))
+    mine = last_latents(engine, recipe(reference=reference))
+    assert abs(mine - latents).max() < 1e-3
+    cropped = ask_stock(stock_with_adapter, "latent", ip_adapter_image=reference)
+    assert abs(mine - cropped).max() > 5e-3  # so squeezing matters
     # what the numbers above are worth: the reference, its weight and the negative prompt each move the picture more
     for other in (recipe(), recipe(reference=reference, adapter_scale=SCALE / 2)):
         assert abs(ours - pixels(engine.infer(other)[0])).max() > 2, other

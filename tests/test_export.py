@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,10 +18,11 @@ from factory.files import check_sealed, new_folder, write_atomic
 from tests.published import flat, nested
 from trainer.__main__ import main
 from trainer.adapter import Adapter, AdapterError
+from trainer.backbone import load_backbone
 from trainer.export import export
 from trainer.run import Run
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "base": {"id": "twin", "weights_hash": "ab" * 32, "image_encoder": None, "random_weights": True},
     "dataset": {"uri": "lines", "version": 3, "tag": "spring", "samples": 1818},
     "training": {"learning_rate": 1e-4, "train_batch_size": 8},
@@ -27,6 +31,7 @@ FACTS = {
         "target_column": "image",
         "reference_column": "training_sketch",
         "reference": "resized to a square",
+        "size": 56,
         "features": "hidden_states[-2]",
     },
     "code_version": "0123456789ab",
@@ -50,7 +55,7 @@ def run(tmp_path: Path) -> Path:
         Image.new("RGB", (8, 8)).save(folder / "pictures" / f"step-{step}.png")
     record = Run(folder)
     record.publish_adapter(4)
-    record.claim({"seed": 0})
+    record.claim({"seed": 0, "data.keywords": True})
     for at, loss in ((0, 1.0), (2, 0.25), (4, 0.5)):
         record.log({"step": at, "validation_loss": loss})
         record.log({"step": at, "loss": loss})
@@ -130,18 +135,53 @@ def test_the_step_that_is_asked_for_is_exported(run: Path, tmp_path: Path, step:
     assert card.count("](pictures/") == pictures
 
 
-def test_the_card_s_own_code_draws_with_stock_diffusers(
+def test_a_run_without_pictures_is_told_how_to_get_some(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    hint = "--set pictures.steps=N"
+    assert main(["export", str(run), "--output", str(tmp_path / "with")]) == 0
+    assert hint not in capsys.readouterr().err
+    shutil.rmtree(run / "pictures")
+    assert main(["export", str(run), "--output", str(tmp_path / "without")]) == 0
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "keywords", "prompt"),
+    [
+        ("training_sketch", True, "a girl with long red hair, anime sketch, line art"),
+        ("training_sketch", False, "a girl with long red hair"),
+        ("image", True, "a girl with long red hair"),
+    ],
+)
+def test_the_example_s_text_suits_what_was_learned(run: Path, tmp_path: Path, target: str, keywords: bool, prompt: str):
+    facts = FACTS | {"preprocessing": {**FACTS["preprocessing"], "target_column": target}}
+    Adapter.from_pretrained(run).save_pretrained(run / "best", **facts, step=2)
+    (run / "run.json").write_text(json.dumps({"data.keywords": keywords}))
+    export(run, tmp_path / "hub", step="best")
+    assert f'pipeline("{prompt}", ip_adapter_image' in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_the_card_s_own_code_draws_with_stock_diffusers_and_sees_a_wide_reference_as_training_did(
     run: Path, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     export(run, tmp_path / "hub")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "hub" / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path / "hub")
-    Image.new("RGB", (64, 64), "white").save("sketch.png")
+    noise = np.random.default_rng(3).integers(0, 256, (8, 24, 3), dtype=np.uint8)
+    wide = Image.fromarray(noise).resize((192, 64), Image.Resampling.NEAREST)
+    wide.save("reference.png")
     assert 'base = "twin"  # its folder' in code
     code = code.replace('base = "twin"', f'base = "{twin}"').replace("num_inference_steps=50", "num_inference_steps=2")
-    exec(code, {})
+    names: dict[str, Any] = {}
+    exec(code, names)
     with Image.open("picture.png") as picture:
         assert picture.size == (64, 64)
+
+    def seen(reference: Image.Image) -> torch.Tensor:
+        return names["pipeline"].encode_image(reference, "cpu", 1, output_hidden_states=True)[0]
+
+    ours = load_backbone(str(twin)).encode_image([wide])
+    assert (seen(names["reference"]) - ours).abs().max() < 1e-5
+    assert (seen(wide) - ours).abs().max() > 0.1  # what diffusers sees of it unasked: the centre
 
 
 def flipped(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import peak
+from tests.lines import write_lines
+from tests.test_training_parts import alone
 from trainer import plan
 from trainer.__main__ import main
-from trainer.config import micro, paper
+from trainer.adapter import Adapter, AdapterError, PooledAdapterConfig
+from trainer.config import DataConfig, TrainerConfig, micro, paper
 from trainer.sd15 import BaseSizes, count, on_meta
 from trainer.walk import Meter, Walker, make_inputs
 
@@ -30,6 +34,59 @@ def test_checkpointing_takes_work_for_memory_and_both_grow_with_the_batch():
     assert twice.flops["VAE"] == 2 * plain.flops["VAE"]
     assert twice.peaks["VAE"] == pytest.approx(2 * plain.peaks["VAE"], rel=0.05)
     assert small.walk(2, False) == plain  # the same each time
+
+
+COUNTED = """
+import dataclasses, torch, torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
+from trainer.config import DataConfig, TrainerConfig
+from trainer.plan import base_sizes
+from trainer.walk import Meter, Walker
+from trainer.worker import Worker
+data = DataConfig(root="{root}", resolution=64, image_drop_rate=0, text_drop_rate=0, both_drop_rate=0)
+config = TrainerConfig(
+    output="{output}", pretrained_model_name_or_path="{twin}", data=data, train_batch_size=4,
+    gradient_accumulation_steps=2,
+)
+walker = Walker(base_sizes(config), config)
+for on in (False, True):
+    config = dataclasses.replace(config, gradient_checkpointing=on)
+    worker = Worker(config, torch.device("cpu"), {{"base": {{}}, "preprocessing": {{}}}})
+    with Meter() as real:
+        worker.step(0)
+    print(real.flops, 2 * sum(walker.walk(2, on).flops.values()))
+"""
+
+
+def test_the_walked_pass_has_the_work_of_a_real_workers(tmp_path: Path, twin: Path):
+    """A whole `Worker.step` of two passes with DeepSpeed, to the last FLOP; nothing is dropped, as the plan has it."""
+    root = write_lines(tmp_path / "lines")
+    asked = {"file": tmp_path / "store", "root": root, "output": tmp_path / "run", "twin": twin}
+    said = alone(COUNTED.format(**asked), tmp_path).splitlines()[-2:]
+    (plain, planned), (saving, planned_saving) = (map(int, line.split()) for line in said)
+    assert (plain, saving) == (planned, planned_saving)
+    assert 0 < plain < saving
+
+
+def test_an_adapter_to_start_from_gives_its_own_sizes(twin: Path, tmp_path: Path):
+    """A new one would be Plus: what is planned is the base variant that the file has, with 8 tokens."""
+    config = TrainerConfig(pretrained_model_name_or_path=str(twin), data=DataConfig(resolution=64))
+    sizes = plan.base_sizes(config)
+
+    def started_from(**sizes_of_it: int) -> Walker:
+        file = tmp_path / "-".join(map(str, sizes_of_it.values()))
+        Adapter(PooledAdapterConfig(**sizes_of_it), widths).save_pretrained(file)
+        return Walker(sizes, dataclasses.replace(config, adapter=str(file)))
+
+    new = Walker(sizes, dataclasses.replace(config, variant="base"))
+    widths = {key: layer.to_k_ip.out_features for key, layer in new.adapter.ip_adapter.items()}  # type: ignore[union-attr]
+    begun = started_from(cross_attention_dim=32, embedding_dim=24, num_tokens=8)
+    assert begun.parameters["adapter"] == new.parameters["adapter"] + 4 * 32 * (24 + 1)
+    assert begun.walk(1, False).parameters == begun.parameters  # it reads what the file's variant reads
+    with pytest.raises(AdapterError, match="reads features of width 40; the image encoder gives 24"):
+        started_from(cross_attention_dim=32, embedding_dim=40, num_tokens=4)
+    with pytest.raises(AdapterError, match="does not fit this UNet"):
+        started_from(cross_attention_dim=64, embedding_dim=24, num_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +196,11 @@ def test_answers_follow_from_memory_and_work():
 
 
 def test_a_folder_or_a_shipped_base_is_read_and_other_ids_are_refused(capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", "--preset", "micro", "--gpu", "a100-40", "--utilisation", "0.1"]) == 0
-    assert "animesketch/micro, 64 px, fp32" in capsys.readouterr().out
+    said = ["--gpu", "a100-40", "--utilisation", "0.1", "--max-train-steps", "77"]
+    assert main(["plan", "--preset", "micro", *said]) == 0
+    text = capsys.readouterr().out
+    assert "animesketch/micro, 64 px, fp32" in text
+    assert "  77 steps" in text
     for arguments, words in (
         (["--base", "owner/other"], "The sizes of owner/other"),
         (["--gpu", "abacus"], "No GPU 'abacus'. There are: a10, a100-40, a100-80, h100, h200"),

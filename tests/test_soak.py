@@ -22,9 +22,10 @@ pytestmark = pytest.mark.soak
 REPO = Path(__file__).parent.parent
 
 
-def write_table(name: str, title: str, header: list[str], rows: list[list[object]]) -> None:
-    """Write docs/<name>.md: the table of one proof."""
-    lines = [f"# {title}", "", "Made by `make soak`.", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+def write_table(name: str, title: str, header: list[str], rows: list[list[object]], note: str = "") -> None:
+    """Write docs/<name>.md: the table of one proof, below a `note` on how to read it."""
+    above = ["Made by `make soak`.", "", *([note, ""] if note else [])]
+    lines = [f"# {title}", "", *above, f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
     (REPO / "docs" / f"{name}.md").write_text("\n".join(lines) + "\n")
 

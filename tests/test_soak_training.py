@@ -1,9 +1,10 @@
-"""Forty steps through three kills, and on with another number of workers."""
+"""Forty steps through three kills, and on with another number of workers; the table is docs/training-kills.md."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from tests.dying import train_and_die
 from tests.lines import files, write_lines
+from tests.test_soak import write_table
 from trainer import loop
 from trainer.config import DataConfig, TrainerConfig, WorkersConfig
 from trainer.run import Run
@@ -36,6 +38,15 @@ def config(tmp_path_factory: pytest.TempPathFactory, twin: Path) -> TrainerConfi
 
 
 @pytest.fixture(scope="module")
+def table() -> Iterator[list[list[object]]]:
+    """Rows for the table, which is written at the end."""
+    rows: list[list[object]] = []
+    yield rows
+    header = ["a run of forty steps", "newest checkpoint when it went on", "against one that nothing happened to"]
+    write_table("training-kills", "Training through kills, and with other workers", header, rows)
+
+
+@pytest.fixture(scope="module")
 def whole(ray_session: str, config: TrainerConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
     loop.fit(dataclasses.replace(config, output=str(output)))
@@ -47,7 +58,7 @@ def losses(run: Path) -> list[tuple[int, float | None, float | None]]:
 
 
 def test_forty_steps_through_three_kills_equal_forty_in_one_go(
-    whole: Path, config: TrainerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, config: TrainerConfig, table: list[list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = dataclasses.replace(config, output=str(tmp_path / "run"))
     (tmp_path / "run.kills").mkdir()
@@ -62,6 +73,11 @@ def test_forty_steps_through_three_kills_equal_forty_in_one_go(
     assert losses(tmp_path / "run") == losses(whole)
     for name in ("adapter", "best", *(f"checkpoints/step-{step}" for step in (10, 20, 30, 40))):
         assert files(tmp_path / "run" / name) == files(whole / name), name
+    equal = "every loss and every file the same, byte for byte"
+    table.append(["two workers; SIGKILL of rank 1 within step 14, of rank 0 within the save of step 20", 10, equal])
+    table.append(
+        ["the same; SIGKILL of rank 0 between the checkpoint of step 30 and its adapter's publishing", 30, equal]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +96,7 @@ def learned(ray_session: str, config: TrainerConfig, tmp_path_factory: pytest.Te
 
 @pytest.mark.parametrize(("workers", "stage"), [(1, 2), (1, 3), (4, 1)])
 def test_another_number_of_workers_takes_the_same_samples_to_the_same_losses(
-    learned: TrainerConfig, tmp_path: Path, workers: int, stage: int
+    learned: TrainerConfig, table: list[list[object]], tmp_path: Path, workers: int, stage: int
 ):
     run = tmp_path / "run"
     shutil.copytree(learned.output, run)
@@ -94,3 +110,4 @@ def test_another_number_of_workers_takes_the_same_samples_to_the_same_losses(
     apart = max(abs(a - b) for a, b in pairs if a is not None and b is not None)
     print(f"{workers} workers, ZeRO-{stage}: losses at most {apart:.2e} apart")
     assert apart < 1e-4
+    table.append([f"two workers, ZeRO-2, then {workers}, ZeRO-{stage}", 20, f"losses at most {apart:.1e} apart"])

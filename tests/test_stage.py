@@ -214,7 +214,7 @@ def test_a_gpu_that_is_not_there_is_wrong_usage() -> None:
         "    try: check_gpus(64)\n"
         "    except UsageError as error: print(error)"
     )
-    assert told == "num_gpus=64, but Ray sees no such GPU on this machine. Give --set num_gpus=0.\n"
+    assert told == "64 GPU(s) asked for, but Ray sees fewer on this machine. Give --set num_gpus=0.\n"
 
 
 def test_sketches_are_drawn_on_the_gpu_by_workers_that_stay() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file
 
 from factory.files import check_sealed
@@ -115,8 +116,8 @@ def test_only_the_adapter_is_trained(whole: Path, config: TrainerConfig, twin: P
 
 
 def test_stock_diffusers_draws_our_picture_from_every_checkpoint(whole: Path, twin: Path):
-    sketch = np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8)
-    reference = Image.fromarray(sketch).resize((80, 80), Image.Resampling.NEAREST).convert("RGB")
+    sketch = np.random.default_rng(3).integers(0, 256, (8, 16), dtype=np.uint8)
+    reference = Image.fromarray(sketch).resize((160, 80), Image.Resampling.NEAREST).convert("RGB")
     seen = []
     for folder in (whole / "checkpoints" / "step-3", whole / "checkpoints" / "step-6"):
         recipe = Recipe(prompt="line art", reference=reference, num_inference_steps=3, adapter_scale=1.0, seed=7)
@@ -129,7 +130,7 @@ def test_stock_diffusers_draws_our_picture_from_every_checkpoint(whole: Path, tw
         theirs = stock(
             recipe.prompt,
             negative_prompt=recipe.negative_prompt,
-            ip_adapter_image=reference,
+            ip_adapter_image=reference.resize((56, 56)),  # stock would crop its centre
             num_inference_steps=3,
             guidance_scale=recipe.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(7),
@@ -260,3 +261,20 @@ def test_the_command_ends_a_finished_run_with_zero_and_a_locked_one_with_one(
         done = command(*arguments)
     assert done.returncode == 1
     assert "Another process trains in" in done.stderr
+
+
+def test_a_run_that_comes_to_nan_ends_and_one_without_a_checkpoint_begins_anew(
+    ray_session: str, config: TrainerConfig, tmp_path: Path
+):
+    workers = dataclasses.replace(config.workers, num_workers=1)
+    wild = dataclasses.replace(config, learning_rate=1e37, workers=workers, output=str(tmp_path / "wild"))
+    for _ in range(2):
+        with pytest.raises(WorkerGroupError, match=r"The loss of step 2 is not finite\. There is no checkpoint yet"):
+            loop.fit(wild)
+    run = Run(tmp_path / "wild")
+    assert run.steps() == []
+    assert [record["step"] for record in run.history()] == [0, 1]  # not those of the first time too
+    soon = dataclasses.replace(wild, checkpointing_steps=1, output=str(tmp_path / "soon"))
+    with pytest.raises(WorkerGroupError, match=r"step 2 is not finite\. The newest checkpoint is step-1\."):
+        loop.fit(soon)
+    assert Run(tmp_path / "soon").newest() == 1

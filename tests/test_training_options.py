@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -121,15 +122,20 @@ class FakeService:
 
     def SummaryWriter(self, folder: str, purge_step: int) -> Any:  # noqa: N802
         self.told.append(("open", Path(folder).name, purge_step))
-        return SimpleNamespace(add_scalar=lambda *scalar: self.told.append(scalar), flush=lambda: None)
+        close = functools.partial(self.told.append, "closed")
+        return SimpleNamespace(add_scalar=lambda *scalar: self.told.append(scalar), flush=lambda: None, close=close)
 
     def init(self, **given: Any) -> Any:
         self.told.append(("open", given["id"], given["resume"]))
-        return SimpleNamespace(log=self.told.append, define_metric=lambda *_, **__: None)
+        finish = functools.partial(self.told.append, "closed")
+        return SimpleNamespace(log=self.told.append, define_metric=lambda *_, **__: None, finish=finish)
 
     def start_run(self, run_id: str | None = None, run_name: str | None = None) -> Any:
         self.told.append(("open", run_id, run_name))
         return SimpleNamespace(info=SimpleNamespace(run_id="run-1"))
+
+    def end_run(self) -> None:
+        self.told.append("closed")
 
     def log_params(self, settings: dict[str, Any]) -> None:
         self.told.append(settings)
@@ -153,9 +159,11 @@ def test_a_tracker_gets_the_numbers_and_a_resumed_run_stays_one(
     monkeypatch.setitem(sys.modules, module, service)  # type: ignore[arg-type]
     run = Run(tmp_path / "run")
     tracker.check(name)
-    tracker.open_tracker(name, run, 0, {"seed": 3})(7, {"loss": 0.5})
-    assert service.told == told
-    tracker.open_tracker(name, run, 7, {"seed": 3})
+    tracked = tracker.Tracker(name, run, 0, {"seed": 3})
+    tracked.report(7, {"loss": 0.5})
+    tracked.close(7)
+    assert service.told == [*told, "closed"]
+    tracker.Tracker(name, run, 7, {"seed": 3})
     assert again in service.told[-1]
 
 
@@ -175,17 +183,22 @@ def test_a_tracker_that_fails_is_told_of_and_costs_nothing(
 ):
     service = FakeService()
     monkeypatch.setitem(sys.modules, "mlflow", service)  # type: ignore[arg-type]
-    report = tracker.open_tracker("mlflow", Run(tmp_path), 0, {})
+    tracked = tracker.Tracker("mlflow", Run(tmp_path), 0, {})
 
     def fail(numbers: dict[str, float], step: int) -> None:
         raise ConnectionError("no route to the service")
 
     service.log_metrics = fail  # type: ignore[method-assign]
-    report(1, {"loss": 1.0})
-    report(2, {"loss": 1.0})
+    tracked.report(1, {"loss": 1.0})
+    tracked.report(2, {"loss": 1.0})
+    tracked.close(2)
     told = capsys.readouterr().out
     assert told.count("mlflow failed at step 1") == 1
     assert "no route to the service" in told
+    assert "closed" not in service.told
+    monkeypatch.setattr(service, "start_run", lambda **_: 1 / 0)  # nor does one that can't be opened
+    tracker.Tracker("mlflow", Run(tmp_path), 5, {}).report(6, {"loss": 1.0})
+    assert "mlflow failed at step 5" in capsys.readouterr().out
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------

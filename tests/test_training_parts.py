@@ -210,7 +210,7 @@ def test_presets_are_the_papers_and_small_numbers():
     changed = settings.load(micro(), None, ["workers.num_workers=2", "data.version=first"])
     assert (changed.workers.num_workers, changed.data.version) == (2, "first")
     with pytest.raises(ValueError, match="must be a multiple of num_workers 3"):
-        dataclasses.replace(micro(), workers=WorkersConfig(num_workers=3))
+        dataclasses.replace(micro(), workers=WorkersConfig(num_workers=3)).samples_per_pass()
 
 
 def test_help_teaches_and_wrong_usage_ends_with_two(capsys: pytest.CaptureFixture[str]):
@@ -226,6 +226,12 @@ def test_help_teaches_and_wrong_usage_ends_with_two(capsys: pytest.CaptureFixtur
         (["fit", "--root", "/tmp/x", "--output", "/tmp/y", "--base", ""], "No base model given"),
         (["fit", "--set", "learning_rat=1"], "Did you mean learning_rate?"),
         (["fit", "--set", "data.resolution=100"], "multiple of 8"),
+        (
+            ["fit", "--root", "/tmp/x", "--output", "/tmp/y", "--num-workers", "3"],
+            "must be a multiple of num_workers 3",
+        ),
+        (["plan", "--preset", "micro", "--num-workers", "3"], "must be a multiple of num_workers 3"),
+        (["cache", "--num-workers", "3"], "No dataset given"),  # it has no batch to share
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

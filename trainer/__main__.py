@@ -22,7 +22,7 @@ EXAMPLES = """examples:
     python -m trainer fit --root /data/anime --output /runs/trial --max-train-steps 200
   the paper's run on eight GPUs of a cluster:
     ray job submit --working-dir . -- python -m trainer fit --preset paper --root s3://bucket/anime \\
-        --output /shared/runs/paper --num-workers 8
+        --output /shared/runs/paper --num-workers 8 --set train_batch_size=64
   the encoders' part computed once, before any number of runs: python -m trainer cache --root /data/anime
   go on after a crash, or to more steps: the same command again, with any number of workers
   before it: does the paper's run fit a GPU, and how long does it take (seconds, no GPU, no weights)?
@@ -165,11 +165,7 @@ def micro(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Say what a run would need."""
-    config: TrainerConfig = settings.load(PRESETS[args.preset](), args.config, args.set)
-    if args.base is not None:
-        config = dataclasses.replace(config, pretrained_model_name_or_path=args.base)
-    if args.num_workers is not None:
-        config = dataclasses.replace(config, workers=dataclasses.replace(config.workers, num_workers=args.num_workers))
+    config = _config(args, max_train_steps=args.max_train_steps)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from trainer import plan
 
@@ -194,7 +190,7 @@ def convert(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Make a folder for the hub of a run."""
-    from trainer.export import UNKNOWN, export
+    from trainer.export import PICTURES, UNKNOWN, export
 
     step = int(args.step) if args.step and args.step.isdecimal() else args.step
     if isinstance(step, str) and step != "best":
@@ -203,6 +199,12 @@ def export(args: argparse.Namespace) -> int:
     export(absolute(args.folder, "RUN"), output, step=step, license=args.license)
     if args.license is None:
         print(f"No --license was given: the card says {UNKNOWN}.", file=sys.stderr)
+    if not (Path(output) / PICTURES).is_dir():
+        print(
+            "The card shows no picture: the run has no sheet up to this step. To get some, run `fit` again, to more "
+            "steps, with --set pictures.steps=N.",
+            file=sys.stderr,
+        )
     print(json.dumps({"output": output, "license": args.license or UNKNOWN}))
     return DONE
 
@@ -221,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("fit", help="train an adapter", epilog=EXAMPLES, formatter_class=style)
     _add_settings(verb)
     verb.add_argument("--output", metavar="DIR", help="run folder; an unfinished run there is resumed")
-    verb.add_argument("--max-train-steps", type=int, metavar="N", help="optimizer steps in all")
+    _add_steps(verb)
     verb.add_argument("--max-grad-norm", type=float, metavar="NORM", help="shorten longer gradients to it; 0: none")
     verb.add_argument(
         "--report-to",
@@ -247,19 +249,15 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="does a run fit a GPU, with which ZeRO stage, and how long does it take?",
         formatter_class=style,
-        description="Walk the run's own training step on shapes alone and say what it would take: memory by part, work "
-        "by part, and for each GPU whether it fits, the lowest ZeRO stage, the largest pass, the time of a step and of "
-        "the run at an assumed share of the GPU's peak. Seconds; no GPU, no weights, no dataset.",
+        description="Walk the same training pass as the run's on shapes alone and say what it would take: memory by "
+        "part, work by part, and for each GPU whether it fits, the lowest ZeRO stage, the largest pass, the time of a "
+        "step and of the run at an assumed share of the GPU's peak. Seconds; no GPU, no weights, no dataset. Takes the "
+        "settings of fit; with --set adapter=FILE that adapter's sizes are read.",
         epilog="examples:\n  python -m trainer plan --preset paper\n"
         "  python -m trainer plan --preset paper --num-workers 8 --set train_batch_size=64 --gpu a100-80",
     )
-    verb.add_argument(
-        "--preset", choices=sorted(PRESETS), default="paper", help="where settings start (default: paper)"
-    )
-    verb.add_argument("--base", metavar="PATH_OR_ID", help="folder of the frozen base (default: the preset's)")
-    verb.add_argument("--config", metavar="FILE", help="YAML of settings, laid over the preset")
-    verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as seed=1")
-    verb.add_argument("--num-workers", type=int, metavar="N", help="Ray Train workers")
+    _add_settings(verb, preset="paper")
+    _add_steps(verb)
     verb.add_argument(
         "--gpu",
         metavar="NAME",
@@ -336,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(verb: argparse.ArgumentParser) -> None:
+def _add_settings(verb: argparse.ArgumentParser, preset: str = "micro") -> None:
     verb.add_argument("--root", metavar="URI", help="dataset root that `python -m factory build` wrote")
     verb.add_argument(
         "--base",
@@ -344,11 +342,15 @@ def _add_settings(verb: argparse.ArgumentParser) -> None:
         help="frozen Stable Diffusion: a diffusers folder or hub id (default: the preset's)",
     )
     verb.add_argument(
-        "--preset", choices=sorted(PRESETS), default="micro", help="where settings start (default: micro)"
+        "--preset", choices=sorted(PRESETS), default=preset, help=f"where settings start (default: {preset})"
     )
     verb.add_argument("--config", metavar="FILE", help="YAML of settings, laid over the preset")
     verb.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as seed=1")
     verb.add_argument("--num-workers", type=int, metavar="N", help="Ray workers, each with a copy of the base")
+
+
+def _add_steps(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--max-train-steps", type=int, metavar="N", help="optimizer steps in all")
 
 
 if __name__ == "__main__":

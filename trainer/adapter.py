@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -24,7 +24,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from factory.files import DamagedFolder, check_sealed, new_folder, write_atomic
-from trainer.projection import AdapterConfig, PooledAdapterConfig, Resampler, Sizes, attend, sizes_of
+from trainer.projection import VARIANTS, AdapterConfig, PooledAdapterConfig, Resampler, Sizes, attend, sizes_of
+
+if TYPE_CHECKING:
+    from trainer.backbone import Backbone
+    from trainer.config import TrainerConfig
 
 WEIGHTS = "ip_adapter.safetensors"
 CONFIG = "config.json"
@@ -218,6 +222,24 @@ class Adapter(nn.Module):
             )
 
 
+def adapter_sizes(base: Backbone, config: TrainerConfig) -> Sizes:
+    """Return the sizes of the adapter that `config` trains on `base`: of the file it starts from, else of a new one.
+
+    Errors as in `Adapter.from_pretrained`; AdapterError too when the file reads wider or narrower features than the
+    base's image encoder gives.
+    """
+    width, encoder = base.unet.config.cross_attention_dim, base.image_encoder.config
+    if not config.adapter:
+        return VARIANTS[config.variant].fitting(width, encoder, config.resampler_dim)
+    sizes = Adapter.from_pretrained(config.adapter).config
+    if sizes.embedding_dim != (given := type(sizes).fitting(width, encoder).embedding_dim):
+        raise AdapterError(
+            f"Adapter {config.adapter} reads features of width {sizes.embedding_dim}; the image encoder gives {given}. "
+            "Give the one that it was trained with: --set image_encoder=…"
+        )
+    return sizes
+
+
 def find_adapter(folder: str | Path) -> Path:
     """Return the adapter folder, or bare file, that `folder` means: itself, or `adapter/` of a run folder."""
     if "://" in str(folder):
@@ -302,6 +324,7 @@ __all__ = [
     "DecoupledCrossAttention",
     "PooledAdapterConfig",
     "Resampler",
+    "adapter_sizes",
     "attend",
     "cross_attention",
     "find_adapter",

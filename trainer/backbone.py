@@ -195,6 +195,12 @@ def load_backbone(
     return backbone
 
 
+def set_checkpointing(base: Backbone, on: bool) -> None:
+    """Have the UNet recompute its activations in the backward pass, or keep them."""
+    (base.unet.enable_gradient_checkpointing if on else base.unet.disable_gradient_checkpointing)()
+    base.unet.train(on)  # it acts in train mode only; SD v1.5 has no dropout
+
+
 def ddim() -> DDIMScheduler:
     """Return the DDIM scheduler of SD v1.5: 1000 steps, scaled-linear betas, epsilon, leading spacing."""
     return DDIMScheduler(

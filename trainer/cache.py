@@ -29,7 +29,7 @@ from torch import Tensor
 from factory.files import sha256_file
 from factory.store import state
 from trainer.base import BaseFiles
-from trainer.config import TrainerConfig
+from trainer.config import DataConfig, TrainerConfig
 from trainer.data import FITTING, Samples
 from trainer.projection import VARIANTS
 
@@ -78,9 +78,9 @@ def key_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def uri_of(root: str, facts: dict[str, Any]) -> str:
+def uri_of(config: DataConfig, facts: dict[str, Any]) -> str:
     """Return where the cache of these facts is, or would be."""
-    return f"{root.rstrip('/')}/caches/{key_of(facts)}.lance"
+    return f"{(config.cache_root or config.root).rstrip('/')}/caches/{key_of(facts)}.lance"
 
 
 def exists(uri: str) -> bool:
@@ -100,14 +100,16 @@ def find_cache(config: TrainerConfig, facts: dict[str, Any], began: dict[str, An
     `began` is what the run was made with (`Run.began`): it goes on as it began. FileNotFoundError when there is none,
     and `data.cache=required` or the run's beginning asks for it.
     """
-    wanted, uri = config.data.cache, uri_of(config.data.root, facts)
+    wanted, uri = config.data.cache, uri_of(config.data, facts)
     if wanted == "auto" and began is not None:
         wanted = "required" if began.get("cache") else "never"
     if wanted == "never":
         return None
     if exists(uri):
         return uri
-    make = f"python -m trainer cache --root {shlex.quote(config.data.root)}, with the --preset, --base and --set of fit"
+    place = " --set data.cache_root=/a/folder/that/all/nodes/see" if "://" in uri else ""
+    make = f"python -m trainer cache --root {shlex.quote(config.data.root)}{place}, with the --preset, --base and --set"
+    make += " of fit" + (", which needs data.cache_root too" if place else "")
     if wanted == "required":
         raise FileNotFoundError(
             f"No cache {uri}: none was made for this base, dataset version and settings. Make it: {make}; or train a "
@@ -186,11 +188,14 @@ class Cache:
 
     @contextlib.contextmanager
     def _damage(self) -> Iterator[None]:
-        """Tell in words what Lance can't read."""
+        """Tell in words what Lance can't read, as OSError."""
         try:
             yield
-        except (OSError, ValueError) as error:
-            raise DamagedCache(f"Cache {self._uri} cannot be read: {error}. {_remake(self._uri)}") from error
+        except (OSError, ValueError) as error:  # a disk that does not answer is no damage
+            raise OSError(
+                f"Cache {self._uri} cannot be read: {error}. Try again; if it stays so, it is damaged. "
+                f"{_remake(self._uri)}"
+            ) from error
 
     def posterior(self, samples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation (B,4,h,w) of latents, fp32, unscaled."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from factory.files import locked, new_file, sync
 from factory.schema import STORAGE_VERSION
-from factory.session import ray_session
+from factory.session import check_gpus, ray_session
 from factory.stage import Progress
 from trainer.base import find_base
 from trainer.cache import TENSORS, cache_facts, checksum, exists, schema_of, uri_of
@@ -46,13 +46,16 @@ def write_cache(config: TrainerConfig) -> dict[str, Any]:
     FileNotFoundError for what the user gave, RunBusy when another process makes this cache, RayError for lost actors.
     """
     config = absolute_inputs(config)
-    if "://" in config.data.root:
-        raise ValueError(f"--root {config.data.root}: a cache is written to local folders only. Give a path.")
+    if "://" in (config.data.cache_root or config.data.root):
+        raise ValueError(
+            f"A cache is written to a folder that all nodes see, not to {config.data.cache_root or config.data.root}. "
+            "Give one, to `cache` and to `fit`: --set data.cache_root=/shared/anime"
+        )
     samples = Samples(config.data, "train")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, version=samples.version))
     base = find_base(config.pretrained_model_name_or_path, config.image_encoder)
     facts = cache_facts(config, samples, base, base.hash())
-    uri = uri_of(config.data.root, facts)
+    uri = uri_of(config.data, facts)
     units = Path(uri).with_suffix(".units")
     if exists(uri):
         shutil.rmtree(units, ignore_errors=True)
@@ -81,7 +84,13 @@ def _write(config: TrainerConfig, facts: dict[str, Any], uri: str, units: Path, 
         print(f"cache    goes on: {sum(b - a for a, b in done):,} of {count:,} samples are there", flush=True)
     progress = Progress("cache", "units", len(missing), "samples", sum(b - a for a, b in missing))
     with ray_session(config.workers.num_workers * config.workers.cpus_per_worker + 1):
+        check_gpus(float(config.workers.use_gpu), "workers.use_gpu=false")
         for start, end in _encoded(missing, config, facts, units):
+            if not _file(units, (start, end)).is_file():
+                raise ValueError(
+                    f"A unit of the cache was written on another node, and is not in {units} here. Give a folder that "
+                    "all nodes see: --set data.cache_root=/shared/anime"
+                )
             progress.step(end - start, rows=copies * (end - start))
     _commit(uri, [_file(units, part) for part in sorted({*done, *missing})])
 

@@ -30,10 +30,11 @@ class DataConfig:
     text_drop_rate: float = 0.05  # share without text
     both_drop_rate: float = 0.05  # share with neither
     random_flip: bool = False  # half of the samples are mirrored, target and reference alike; captions stay as they are
-    validation_samples: int = 16  # pictures of the held-out split that are scored; 0: no validation
+    validation_samples: int = 16  # pictures of the held-out split that are scored, spread over it; 0: no validation
     cache: Literal["auto", "required", "never"] = (
         "auto"  # train on what `python -m trainer cache` made: where it is there
     )
+    cache_root: str | None = None  # folder that all nodes see, for caches; None: the dataset's root
     cache_dtype: Literal["float16", "float32"] = "float16"  # of a cache's numbers; float16 rounds to 11 bits: 0.05 %
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class PicturesConfig:
     __pydantic_config__ = STRICT
 
     steps: int = 0  # steps between sheets; there is one at the end too; 0: none at all
-    count: int = 4  # pictures of a sheet, of the first held-out samples
+    count: int = 4  # pictures of a sheet, of held-out samples
     prompts: tuple[str, ...] = ()  # texts to draw in place of the samples' own, one for each picture
     references: tuple[str, ...] = ()  # picture files to draw from in place of the samples', one for each picture
     num_inference_steps: int = 30  # of DDIM
@@ -156,12 +157,19 @@ class TrainerConfig:
             raise ValueError(f"ema_decay must be below 1, got {self.ema_decay}.")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("lr_warmup_steps needs lr_scheduler=constant_with_warmup or cosine.")
+
+    def samples_per_pass(self) -> int:
+        """Return the samples of one pass of a worker; ValueError when the batch does not divide into such passes.
+
+        Asked by what trains or plans: a cache of the same settings has no batch.
+        """
         parts = self.workers.num_workers * self.gradient_accumulation_steps
         if self.train_batch_size % parts:
             raise ValueError(
                 f"train_batch_size {self.train_batch_size} must be a multiple of num_workers "
                 f"{self.workers.num_workers} x gradient_accumulation_steps {self.gradient_accumulation_steps}."
             )
+        return self.train_batch_size // parts
 
 
 def micro() -> TrainerConfig:

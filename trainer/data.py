@@ -183,6 +183,11 @@ def batch_indices(seed: int, step: int, batch_size: int, length: int) -> list[in
     return [int(_permutation(seed, position // length, length)[position % length]) for position in positions]
 
 
+def spread(count: int, length: int) -> list[int]:
+    """Return `count` indices of 0 to `length` - 1, evenly apart: samples are sorted by film and time."""
+    return [i * length // count for i in range(count)]
+
+
 def share(count: int, rank: int, world_size: int) -> range:
     """Return the places in a global batch of `count` that belong to `rank`: equal parts in order."""
     part = count // world_size

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from factory.caption import CaptionConfig
 from factory.files import DamagedFolder, check_sealed, new_folder, write_atomic
 from factory.models import OWNER
 from trainer.adapter import CONFIG, WEIGHTS, Adapter, AdapterError, read_config
@@ -16,7 +17,9 @@ from trainer.projection import Sizes
 from trainer.run import Run
 
 SHEETS = 3  # sample pictures on a card, the newest
+PICTURES = "pictures"  # folder of the sheets, in a run and in what is exported
 UNKNOWN = "unknown"  # a licence that the hub knows
+EXAMPLE = "a girl with long red hair"  # drawn in the card's example
 
 
 def export(run: str | Path, output: str | Path, *, step: int | str | None = None, license: str | None = None) -> Path:
@@ -38,9 +41,11 @@ def export(run: str | Path, output: str | Path, *, step: int | str | None = None
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(source / name, aside / name)
         for sheet in sheets:
-            (aside / "pictures").mkdir(exist_ok=True)
-            shutil.copyfile(sheet, aside / "pictures" / sheet.name)
-        write_atomic(aside / "README.md", card(output.name, adapter.config, facts, record.history(), sheets, license))
+            (aside / PICTURES).mkdir(exist_ok=True)
+            shutil.copyfile(sheet, aside / PICTURES / sheet.name)
+        prompt = _prompt(facts, record.began() or {})
+        text = card(output.name, adapter.config, facts, record.history(), sheets, license, prompt)
+        write_atomic(aside / "README.md", text)
     return output
 
 
@@ -67,7 +72,7 @@ def _sheets(run: Run, step: int) -> list[Path]:
     """Return the newest sheets of validation pictures up to `step`, oldest first."""
     found = {
         int(match[1]): path
-        for path in (run.folder / "pictures").glob("*.png")
+        for path in (run.folder / PICTURES).glob("*.png")
         if (match := re.fullmatch(r"step-(\d+)", path.stem)) and int(match[1]) <= step
     }
     return [path for _, path in sorted(found.items())][-SHEETS:]
@@ -80,8 +85,10 @@ def card(
     history: list[dict[str, Any]],
     sheets: list[Path],
     license: str | None,
+    prompt: str,
 ) -> str:
-    """Return the model card, README.md, of an adapter with config.json's `facts` and the run's `history`."""
+    """Return the model card, README.md, of an adapter with config.json's `facts` and the run's `history`; `prompt` is
+    drawn in its example."""
     base, data, reads = facts["base"], facts["dataset"], facts["preprocessing"]
     encoder = f"{base.get('image_encoder') or 'of the base'}; reads `{reads['features']}`"
     who = license or "unknown: nobody has said so far. Ask before you use it; the data and the base have their own"
@@ -95,7 +102,7 @@ def card(
         front["base_model"] = base["id"]  # folders and shipped bases are not on the hub
     plus = sizes.variant == "plus"
     kind = "IP-Adapter-Plus" if plus else "IP-Adapter"
-    pictures = "".join(f"![step {s.stem.removeprefix('step-')}](pictures/{s.name})\n\n" for s in sheets)
+    pictures = "".join(f"![step {s.stem.removeprefix('step-')}]({PICTURES}/{s.name})\n\n" for s in sheets)
     version = f"version {data['version']}" + (f" (tag {data['tag']})" if data.get("tag") else "")
     limits = [
         f"Drawn and checked with {base['id']} only; other bases of its family may or may not follow it.",
@@ -120,7 +127,7 @@ Stable Diffusion: a reference picture steers what is drawn, beside the text.
 {pictures and f"Reference and picture, side by side, as the run drew them:{chr(10)}{chr(10)}{pictures}"}## Use
 
 ```python
-{_use(facts, plus)}
+{_use(facts, prompt)}
 ```
 
 `SHA256SUMS` holds the sha256 of every file here: `sha256sum -c SHA256SUMS`.
@@ -151,8 +158,15 @@ On the held-out split, with fixed noise at fixed time steps; at step 0 that of t
 """
 
 
-def _use(facts: dict[str, Any], plus: bool) -> str:
-    """Return Python that loads the adapter from this folder with stock diffusers."""
+def _prompt(facts: dict[str, Any], began: dict[str, Any]) -> str:
+    """Return a text like those of the run that `began` so: words for line art end it where it learned lines by them."""
+    lines = facts["preprocessing"]["target_column"] == "training_sketch" and began.get("data.keywords", True)
+    return ", ".join([EXAMPLE, *(CaptionConfig().keywords if lines else ())])
+
+
+def _use(facts: dict[str, Any], prompt: str) -> str:
+    """Return Python that loads the adapter from this folder with stock diffusers, and sees a reference as it did."""
+    side = facts["preprocessing"]["size"]
     id, encoder = facts["base"]["id"], facts["base"].get("image_encoder")
     note = "" if "/" in id and not id.startswith(OWNER) else "  # its folder"
     lines = ["from diffusers import StableDiffusionPipeline", "from PIL import Image"]
@@ -168,8 +182,9 @@ def _use(facts: dict[str, Any], plus: bool) -> str:
         f"pipeline = StableDiffusionPipeline.from_pretrained({arguments})",
         f'pipeline.load_ip_adapter(".", subfolder="", weight_name="{WEIGHTS}", image_encoder_folder=None)',
         "pipeline.set_ip_adapter_scale(0.5)  # 0: the text alone; 1: as trained",
-        'reference = Image.open("sketch.png").convert("RGB")',
-        'images = pipeline("anime sketch, line art", ip_adapter_image=reference, num_inference_steps=50).images',
+        "# the whole picture, squeezed to the encoder's square as in training: diffusers alone would crop its centre",
+        f'reference = Image.open("reference.png").convert("RGB").resize(({side}, {side}))',
+        f'images = pipeline("{prompt}", ip_adapter_image=reference, num_inference_steps=50).images',
         'images[0].save("picture.png")',
     ]
     return "\n".join(lines)

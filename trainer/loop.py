@@ -13,11 +13,11 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from factory.files import SUMS, DamagedFolder, check_sealed, sha256_file
-from factory.session import ray_session
+from factory.session import check_gpus, ray_session
 from factory.settings import absolute
 from trainer.base import find_base, name_of
 from trainer.cache import cache_facts, find_cache, key_of
@@ -25,7 +25,7 @@ from trainer.config import TrainerConfig
 from trainer.data import FITTING, Samples
 from trainer.pictures import asked
 from trainer.run import Run, code_version
-from trainer.tracker import check, open_tracker
+from trainer.tracker import Tracker, check
 
 ENVIRONMENT = {  # of processes that load models
     "TOKENIZERS_PARALLELISM": "false",
@@ -49,7 +49,9 @@ def fit(config: TrainerConfig) -> dict[str, Any]:
             print(f"Run {run.folder} is finished: step {step} of {config.max_train_steps}. Nothing to do.", flush=True)
         else:
             with ray_session(config.workers.num_workers * config.workers.cpus_per_worker + 1):
+                check_gpus(config.workers.num_workers * config.workers.use_gpu, "workers.use_gpu=false")
                 _train(config, facts, cache)
+        run.tidy()
         _mend(run)
     return _summary(run)
 
@@ -62,7 +64,7 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
 
     config: TrainerConfig = job["config"]
     worker = Worker(config, get_device(), job["facts"], job["cache"])  # type: ignore[arg-type]
-    step = first = worker.resume()
+    step = first = worker.first
     log = _Log(config, first) if worker.rank == 0 else None
     best = worker.best_loss()
 
@@ -94,6 +96,8 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
         if last or step % config.checkpointing_steps == 0:
             worker.save(step)
             ray.train.report({"step": step, "loss": done["loss"]})  # a barrier: every worker reports equally often
+    if log:
+        log.tracker.close(step)
 
 
 class _Log:
@@ -102,9 +106,7 @@ class _Log:
     def __init__(self, config: TrainerConfig, first: int) -> None:
         self.config, self.first = config, first
         self.run = Run(config.output)
-        self.report = open_tracker(
-            config.report_to, self.run, first, {name: getattr(config, name) for name in _SETTINGS}
-        )
+        self.tracker = Tracker(config.report_to, self.run, first, {name: getattr(config, name) for name in _SETTINGS})
         self.start = self.before = time.monotonic()  # the start of the run, and of a step
         workers = config.workers
         print(
@@ -136,7 +138,7 @@ class _Log:
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
         self.run.log({"step": step, **numbers})
-        self.report(step, numbers)
+        self.tracker.report(step, numbers)
 
 
 def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> None:
@@ -145,6 +147,7 @@ def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> N
     environment = {
         **ENVIRONMENT,
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows each printed line twice
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch, about what DeepSpeed calls
     }
     if not config.workers.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -159,6 +162,7 @@ def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> N
             name=uuid.uuid4().hex[:12],  # a new name: Ray would resume an old one from its own snapshot
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": environment},
         ),
     )
@@ -169,9 +173,11 @@ def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> N
 
 
 def _absolute(config: TrainerConfig) -> TrainerConfig:
-    """Return `config` with absolute paths; ValueError for one that is missing, or relative in a Ray job."""
+    """Return `config` with absolute paths; ValueError for one that is missing, or relative in a Ray job, and for a
+    batch that the workers can't share."""
     if not config.output:
         raise ValueError("No run folder given. Say where to train: --output /path/of/the/run")
+    config.samples_per_pass()  # says now, not on a worker, that the batch does not divide
     return dataclasses.replace(
         absolute_inputs(config),
         output=absolute(config.output, "--output"),
@@ -193,7 +199,11 @@ def absolute_inputs(config: TrainerConfig) -> TrainerConfig:
         )
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, root=absolute(config.data.root, "--root")),
+        data=dataclasses.replace(
+            config.data,
+            root=absolute(config.data.root, "--root"),
+            cache_root=config.data.cache_root and absolute(config.data.cache_root, "data.cache_root"),
+        ),
         pretrained_model_name_or_path=_model(config.pretrained_model_name_or_path, "--base"),
         image_encoder=config.image_encoder and _model(config.image_encoder, "image_encoder"),
         adapter=config.adapter and absolute(config.adapter, "adapter"),
@@ -224,6 +234,14 @@ def _describe(config: TrainerConfig, run: Run) -> tuple[TrainerConfig, dict[str,
     base_hash = base.hash()
     inputs = cache_facts(config, samples, base, base_hash)
     cache = find_cache(config, inputs, run.began())
+    if cache:
+        print(f"On the cache {cache}: the encoders run for validation only.", flush=True)
+    if config.data.target == "image" and config.data.keywords:
+        print(
+            "Colour pictures are learned from texts that end with the keywords of line art. If that is not meant: "
+            "--set data.keywords=false",
+            flush=True,
+        )
     run.claim(
         {
             "cache": cache and key_of(inputs),

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from factory.files import write_atomic
 from trainer.config import PicturesConfig, TrainerConfig
-from trainer.data import Samples
+from trainer.data import Samples, spread
 
 if TYPE_CHECKING:  # the driver checks what is asked for, and needs no model library
     from trainer.adapter import Adapter
@@ -24,7 +24,7 @@ def asked(config: TrainerConfig) -> list[tuple[str, Image.Image]]:
     for one that is absent."""
     wanted = config.pictures
     samples = None if wanted.prompts and wanted.references else Samples(config.data, "validation")
-    held_out = samples.read(range(min(wanted.count, len(samples)))) if samples else []
+    held_out = samples.read(spread(min(wanted.count, len(samples)), len(samples))) if samples else []
     prompts = wanted.prompts or [sample.text for sample in held_out]
     references = [_open(path) for path in wanted.references] or [sample.reference for sample in held_out]
     return list(zip(prompts, references, strict=False))  # a small split has fewer than were given

@@ -38,7 +38,7 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run folder; RunBusy when another process does. What a killed run left half-written is removed."""
+        """Hold the run folder, tidy; RunBusy when another process does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as handle:
             try:
@@ -47,13 +47,17 @@ class Run:
                 raise RunBusy(
                     f"Another process trains in {self.folder}. Wait for it, or give another --output."
                 ) from None
-            for aside in [
-                *self.folder.glob(".*.tmp"),
-                *self.folder.glob(".*.old"),
-                *self.folder.glob("checkpoints/.*"),
-            ]:
-                shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+            self.tidy()
             yield
+
+    def tidy(self) -> None:
+        """Remove what a killed worker left half-written; a folder that it was about to replace is put back."""
+        for aside in [*self.folder.glob(".*.*.old"), *self.folder.glob("checkpoints/.*.*.old")]:
+            place = aside.with_name(aside.name[1:].rsplit(".", 2)[0])
+            if not place.exists():
+                aside.rename(place)
+        for aside in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old"), *self.folder.glob("checkpoints/.*")]:
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
     def claim(self, facts: dict[str, Any]) -> None:
         """Record what the run is made with; ValueError naming the first thing that differs from its beginning."""

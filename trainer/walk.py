@@ -1,7 +1,8 @@
-"""A training step walked on tensors without data: the memory that it would hold at its peak, and its work in FLOPs.
+"""A training pass walked on tensors without data: the memory that it would hold at its peak, and its work in FLOPs.
 
-torch's FakeTensorMode runs the step's own code, backward and recomputation included, on shapes alone. Whatever a tensor
-would take is counted when it is made, and no more when the last reference to it is gone.
+torch's FakeTensorMode runs the same pass as the worker's (the same models and functions, in the same order; a test
+compares their FLOPs), backward and recomputation included, on shapes alone. Whatever a tensor would take is counted
+when it is made, and no more when the last reference to it is gone.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from trainer.adapter import Adapter, cross_attention
-from trainer.backbone import Backbone, ddim
+from trainer.adapter import Adapter, adapter_sizes, cross_attention
+from trainer.backbone import Backbone, ddim, set_checkpointing
 from trainer.config import TrainerConfig
 from trainer.loss import add_noise, noise_loss
-from trainer.projection import VARIANTS, Sizes
+from trainer.projection import HIDDEN, Sizes
 from trainer.sd15 import BaseSizes, backbone_of, count
 
 PARTS = ("VAE", "text encoder", "image encoder", "UNet and adapter")
@@ -68,7 +69,8 @@ def training_pass(
     inputs: dict[str, Tensor],
     autocast: contextlib.AbstractContextManager,
 ) -> Iterator[str]:
-    """Take the forward and backward pass of `trainer/worker.py` on prepared inputs; yield each of PARTS as it is done.
+    """Take the same forward and backward pass as `Worker.step`, all samples whole, on prepared inputs; yield each of
+    PARTS as it is done.
 
     `inputs`: pixels (B,3,H,W), ids (B,77), reference (B,3,h,w), noise and posterior (B,4,H/8,W/8), timesteps (B,).
     """
@@ -107,34 +109,26 @@ def new_adapter(base: Backbone, sizes: Sizes) -> Adapter:
     return adapter
 
 
-def adapter_sizes(base: Backbone, config: TrainerConfig) -> Sizes:
-    """Return the sizes of the new adapter that `config` asks for on `base`."""
-    variant = VARIANTS[config.variant]
-    return variant.fitting(base.unet.config.cross_attention_dim, base.image_encoder.config, config.resampler_dim)
-
-
-def set_checkpointing(base: Backbone, on: bool) -> None:
-    """Have the UNet recompute its activations in the backward pass, or keep them."""
-    (base.unet.enable_gradient_checkpointing if on else base.unet.disable_gradient_checkpointing)()
-    base.unet.train(on)  # it acts in train mode only; SD v1.5 has no dropout
-
-
 class Walker:
     """Models of one size without data, to walk steps with."""
 
     def __init__(self, sizes: BaseSizes, config: TrainerConfig) -> None:
-        """Make the frozen models in the precision that `config` trains in, and a new adapter in fp32."""
+        """Make the frozen models in the precision that `config` trains in, and in fp32 the adapter that it trains: of
+        the sizes of `config.adapter`'s file, else a new one. Errors as of `adapter_sizes` and `Adapter.attach`."""
         self.config, self.scheduler = config, ddim()
         self.bf16 = config.mixed_precision == "bf16"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             with _default_dtype(torch.bfloat16 if self.bf16 else torch.float32):
-                self.base = backbone_of(sizes.models(), VARIANTS[config.variant].features)
+                self.base = backbone_of(sizes.models(), HIDDEN)
             models = {"UNet": self.base.unet, "VAE": self.base.vae, "text encoder": self.base.text_encoder}
             models["image encoder"] = self.base.image_encoder
             self.frozen = {name: sum(tensor.nbytes for tensor in tensors_of(model)) for name, model in models.items()}
             self.parameters = {name: count(model) for name, model in models.items()}
-            self.adapter = new_adapter(self.base, adapter_sizes(self.base, config))
+        trained = adapter_sizes(self.base, config)  # a file is read as it is, not in shapes
+        self.base.features = trained.features
+        with self.fake:
+            self.adapter = new_adapter(self.base, trained)
         for module in self.base.unet.modules():  # the adapter's layers are among them
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.register_forward_pre_hook(_in_float)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import resource
 import shutil
 import sys
@@ -24,18 +25,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from factory.files import new_folder, write_atomic
-from trainer.adapter import WEIGHTS, Adapter, cross_attention
+from trainer.adapter import WEIGHTS, Adapter, adapter_sizes, cross_attention
 from trainer.align import TIMESTEPS, align, record_queries
-from trainer.backbone import load_backbone
+from trainer.backbone import load_backbone, set_checkpointing
 from trainer.cache import Cache
 from trainer.config import TrainerConfig
-from trainer.data import Draw, Samples, batch_indices, draw, generator_of, share
+from trainer.data import Draw, Samples, batch_indices, draw, generator_of, share, spread
 from trainer.encoders import Encoders, Source, with_drops
 from trainer.engine import load_optimizer_state, make_engine, optimizer_state, set_learning_rate, whole_parameters
 from trainer.loss import add_noise, min_snr_weights, noise_loss
 from trainer.optimizers import ema_decay_at, learning_rate_at
 from trainer.pictures import asked, draw_picture, write_sheet
-from trainer.projection import VARIANTS
 from trainer.run import Run
 
 # of a checkpoint: AdamW's moments; the weights too where the adapter folder has their average, or has them rounded
@@ -43,6 +43,10 @@ STATE = "state/optimizer.safetensors"
 T = TypeVar("T")
 RECORDED = 16  # samples of a pass whose queries the alignment takes
 QUANTILES = (125, 375, 625, 875)  # time steps at which every validation picture is scored
+
+
+class Diverged(ArithmeticError):
+    """Training has come to NaN or infinity: it would not come back."""
 
 
 class Worker:
@@ -71,9 +75,7 @@ class Worker:
         self.scheduler = self.base.scheduler()
         side = config.data.resolution // self.base.latent_factor
         self.latent = (self.base.vae.config.latent_channels, side, side)
-        if config.gradient_checkpointing:
-            self.base.unet.enable_gradient_checkpointing()
-            self.base.unet.train()  # checkpointing acts in train mode only; SD v1.5 has no dropout
+        set_checkpointing(self.base, config.gradient_checkpointing)
         adapter = self._new_adapter()
         self.base.features = adapter.config.features
         self.facts["base"]["random_weights"] = self.base.random_weights
@@ -88,6 +90,8 @@ class Worker:
         self._newest = self._of_rank_0(self.run.newest)  # step of the checkpoint that this run goes on from
         state = self._load(adapter) if self._newest else {}
         adapter.attach(self.base.unet)
+        if self.rank == 0:
+            self.run.rewind(self._newest or -1)  # a run that has no checkpoint yet begins anew, its step 0 too
         if config.alignment_steps and not config.adapter and not self._newest:
             self._align(adapter)
         # what is scored and published, where that is not the adapter in training itself: whole on every rank
@@ -109,10 +113,9 @@ class Worker:
         """The adapter in training."""
         return self.engine.module
 
-    def resume(self) -> int:
-        """Drop metrics after the newest good checkpoint, which is loaded, and return its step; 0 for a new run."""
-        if self.rank == 0:
-            self.run.rewind(self._newest)
+    @property
+    def first(self) -> int:
+        """The step of the newest good checkpoint, from which this run goes on; 0 for a new one."""
         return self._newest
 
     def learning_rate(self, step: int) -> float:
@@ -150,6 +153,8 @@ class Worker:
         ranks = [torch.zeros_like(mine, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(ranks, mine.to(self.device))
         losses, waits, peaks = torch.stack(ranks, dim=1).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise Diverged(f"The loss of step {step + 1} is not finite. {self._go_on()}")
         return {
             "loss": sum(losses) / self.world_size,
             "learning_rate": rate,
@@ -204,6 +209,8 @@ class Worker:
             assert self._copy is not None
             state |= _copies("average.", self._copy)
         with self._published() as adapter:
+            if not all(bool(value.isfinite().all()) for value in adapter.parameters()):
+                raise Diverged(f"After step {step} the adapter's weights are not finite. {self._go_on()}")
             if self.rank == 0:
                 with new_folder(self.run.checkpoint(step)) as aside:
                     adapter.save_pretrained(aside / "adapter", **self.facts, step=step)
@@ -244,6 +251,11 @@ class Worker:
             for average, parameter in zip(self._copy.parameters(), self.adapter.parameters(), strict=True):
                 average.lerp_(parameter, share)
 
+    def _go_on(self) -> str:
+        newest = self.run.newest() if self.rank == 0 else self._newest
+        kept = f"The newest checkpoint is step-{newest}." if newest else "There is no checkpoint yet."
+        return f"{kept} Try a new run with a lower learning_rate, or with max_grad_norm=1."
+
     def _load(self, adapter: Adapter) -> dict[str, Tensor]:
         """Load the weights of the newest checkpoint into a new adapter, and return the state beside them."""
         folder = self.run.checkpoint(self._newest)
@@ -260,11 +272,9 @@ class Worker:
         """Return the adapter to train, on the device in fp32, the same on every rank."""
         if self.config.adapter:
             return Adapter.from_pretrained(self.config.adapter).to(self.device)
-        config = VARIANTS[self.config.variant].fitting(
-            self.base.unet.config.cross_attention_dim, self.base.image_encoder.config, self.config.resampler_dim
-        )
+        sizes = adapter_sizes(self.base, self.config)
         torch.manual_seed(self.config.seed)
-        return Adapter.for_unet(self.base.unet, config).to(self.device)
+        return Adapter.for_unet(self.base.unet, sizes).to(self.device)
 
     def _align(self, adapter: Adapter) -> None:
         """Give a new adapter its warm start. Its batches are those of as many training steps, without noise."""
@@ -297,8 +307,6 @@ class Worker:
             dist.all_reduce(gradient)
             gradient /= self.world_size
 
-        if self.rank == 0:
-            self.run.rewind(-1)
         torch.manual_seed(self.config.seed)
         passes = [functools.partial(noisy, step) for step in range(len(TIMESTEPS))]
         queries, bf16 = record_queries(self.base.unet, passes), self.config.mixed_precision == "bf16"
@@ -350,7 +358,8 @@ class Worker:
         held_out = Samples(self.config.data, "validation")
         encoders = Encoders(self.base, held_out)
         count = min(self.config.data.validation_samples, len(held_out))
-        jobs = [(i, timestep) for i in range(count) for timestep in QUANTILES][self.rank :: self.world_size]
+        chosen = spread(count, len(held_out))
+        jobs = [(i, timestep) for i in chosen for timestep in QUANTILES][self.rank :: self.world_size]
         part = self.config.train_batch_size // (self.world_size * self.config.gradient_accumulation_steps)
         batches = []
         for start in range(0, len(jobs), part):
@@ -361,7 +370,9 @@ class Worker:
                     drop_text=False,
                     timestep=timestep,
                     posterior_4hw=torch.zeros(self.latent),
-                    noise_4hw=torch.randn(self.latent, generator=generator_of("validation", i, timestep)),
+                    noise_4hw=torch.randn(
+                        self.latent, generator=generator_of("validation", held_out.frame_ids[i], timestep)
+                    ),
                 )
                 for i, timestep in chunk
             ]
