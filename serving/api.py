@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from serving import protocol
+from serving.adapters import Adapters
 from serving.config import ServingConfig
 from serving.gate import Gate, server_error
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
@@ -53,7 +54,7 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
 
     `digests` are those of the allowed keys (`serving/keys.py`); None asks for none.
     """
-    metrics = _Metrics()
+    metrics, adapters = _Metrics(), Adapters(config.adapter_folder)
     rates = Rates(concurrent=config.limits.max_concurrent_per_key, per_minute=config.limits.max_per_minute_per_key)
 
     async def busy(http: Request, error: Exception) -> Response:
@@ -143,11 +144,14 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
                         code="missing_required_parameter",
                     )  # fmt: skip
                 data = await file.read()
+        served = None
         if request.model not in (None, facts.model):
-            raise ApiError(
-                404, f"There is no model {request.model[:100]!r} here, only {facts.model!r}.", param="model",
-                code="model_not_found",
-            )  # fmt: skip
+            served = await asyncio.to_thread(adapters.find, request.model)
+            if served is None:
+                raise ApiError(
+                    404, f"There is no model {request.model[:100]!r} here: see /v1/models.", param="model",
+                    code="model_not_found",
+                )  # fmt: skip
         warnings: tuple[str, ...] = ()
         if data is not None:
             picture = await asyncio.to_thread(protocol.decode_reference, data, config.limits)
@@ -156,6 +160,7 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
             warnings = ("adapter_scale has no effect without an image.",)
         job = Job(
             recipe=recipe,
+            adapter=served,
             output_format=request.output_format,
             output_compression=request.output_compression,
             partial_images=request.partial_images,
@@ -204,10 +209,11 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
 
     @api.get("/v1/models")
     async def models() -> Response:
-        """The one model of this server."""
+        """The models of this server: adapters of one base."""
         facts = await backend.facts()
-        model = {"id": facts.model, "object": "model", "created": 0, "owned_by": "animesketch", **_describe(facts)}
-        return JSONResponse({"object": "list", "data": [model]})
+        names = [facts.model, *(name for name in await asyncio.to_thread(adapters.names) if name != facts.model)]
+        model = {"object": "model", "created": 0, "owned_by": "animesketch", **_describe(facts)}
+        return JSONResponse({"object": "list", "data": [{"id": name, **model} for name in names]})
 
     @api.get("/health")
     async def health() -> Response:

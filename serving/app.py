@@ -22,6 +22,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from serving.adapters import Adapters, ModelUnavailable, Served
 from serving.api import create_api
 from serving.batcher import best_cap, step_seconds
 from serving.config import ServingConfig, from_args
@@ -29,10 +30,23 @@ from serving.engine import ONLY, Engine
 from serving.keys import load_keys
 from serving.protocol import ApiError, Busy
 from serving.worker import Event, Facts, Job, Worker
+from trainer.adapter import AdapterError
 
 log = logging.getLogger("ray.serve")
 REPLICA, INGRESS = "SketchReplica", "SketchIngress"
+MAX_ADAPTERS = 8  # of the folder, loaded in a replica at a time; 98 MB each for SD v1.5 in fp16
 STATUS_S = 2.0  # how long an answer of Serve's controller is used again by /health
+
+
+class LoadedAdapter:
+    """What Serve holds of an adapter that is loaded."""
+
+    def __init__(self, worker: Worker, served: Served) -> None:
+        self._worker, self._served = worker, served
+
+    def __del__(self) -> None:
+        """Unload it: Serve calls this when others have taken its place."""
+        self._worker.remove_adapter(self._served)
 
 
 @serve.deployment(name=REPLICA)
@@ -53,14 +67,31 @@ class SketchReplica:
         seconds = step_seconds(engine, ONLY, config.max_batch_size)
         cap = best_cap(seconds)
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
+        self.adapters = Adapters(config.adapter_folder)
         self.worker = Worker(engine, config.model, cap=cap, steps_per_second=cap / seconds[cap])
 
     async def facts(self) -> Facts:
         """Return what this server is."""
         return self.worker.facts()
 
+    @serve.multiplexed(max_num_models_per_replica=MAX_ADAPTERS)
+    async def adapter(self, id: str) -> "LoadedAdapter":
+        """Load an adapter of the folder; Serve unloads the least recently used, and asks replicas that have it."""
+        name = id.rpartition("@")[0]
+        served = self.adapters.find(name)
+        if served is None or served.id != id:
+            raise ModelUnavailable(f"Model {name} was replaced or removed just now. Try again.")
+        try:
+            await self.worker.add_adapter(served)
+        except AdapterError as error:
+            log.error("Adapter %s cannot be served: %s", name, error)
+            raise ModelUnavailable(f"Model {name} cannot be loaded: the server's log says why.") from None
+        return LoadedAdapter(self.worker, served)
+
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         """Yield the events of a job; Serve cancels this when the client is gone."""
+        if job.adapter is not None:
+            await self.adapter(job.adapter.id)  # type: ignore[operator]
         async with contextlib.aclosing(self.worker.generate(job)) as events:
             async for event in events:
                 yield event
@@ -95,7 +126,8 @@ class ServeBackend:
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         """Yield the events of a job; closing this cancels it in its replica."""
-        response = cast(DeploymentResponseGenerator, self._replicas.options(stream=True).generate.remote(job))
+        asked: Any = {"stream": True} | ({"multiplexed_model_id": job.adapter.id} if job.adapter else {})
+        response = cast(DeploymentResponseGenerator, self._replicas.options(**asked).generate.remote(job))
         try:
             with _told():
                 async for event in response:
@@ -157,6 +189,9 @@ def _told() -> Iterator[None]:
         yield
     except BackPressureError:
         raise Busy from None
+    except ModelUnavailable as error:
+        (message,) = getattr(error, "cause", error).args
+        raise ApiError(503, message, type="server_error", code="model_unavailable") from None
     except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
         message = "The replica that worked on this is gone. Try again."
         raise ApiError(503, message, type="server_error", code="unavailable", headers={"Retry-After": "5"}) from error

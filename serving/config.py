@@ -66,6 +66,9 @@ class ServingConfig:
 
     # adapter or run folder, absolute, or a published .safetensors file
     adapter: str = ""
+    # a folder of more adapters of the same base, absolute, that all nodes see: each of its folders is served under its
+    # name (`model`), from the next request on; the least recently asked for are unloaded
+    adapter_folder: str | None = None
     # the frozen Stable Diffusion, an absolute folder or a hub id; None = the one that the adapter's config names
     base: str | None = None
     # folder or hub id of the CLIP image encoder; None = the one in the base's folder
@@ -120,7 +123,7 @@ class ServingConfig:
             raise ValueError("num_cpus, ingress_num_cpus, num_gpus and retry_after_s must not be negative.")
         if not re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", self.model):
             raise ValueError(f"model must be 1 to 128 letters, digits and . _ : / -, got {self.model!r}.")
-        for name in ("adapter", "key_file"):
+        for name in ("adapter", "adapter_folder", "key_file"):
             value = getattr(self, name)
             if value and "://" not in value and not os.path.isabs(value):
                 raise ValueError(_relative(name, value))

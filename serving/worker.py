@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from serving.adapters import Served
 from serving.batcher import Batcher
 from serving.engine import ONLY, Engine, Slot, pixels_sha256
 from serving.pictures import write_picture
 from serving.recipe import Recipe
+from trainer.adapter import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,8 @@ class Job:
     """A recipe and how its pictures are to be delivered."""
 
     recipe: Recipe
-    # name of the adapter that draws it
-    adapter: str = ONLY
+    # the adapter of the folder that draws it; None = the server's own
+    adapter: Served | None = None
     output_format: str = "png"
     output_compression: int = 100
     # previews per picture
@@ -130,6 +132,31 @@ class Worker:
         finally:
             self._inbox.put(lambda: self._leave(running))
 
+    async def add_adapter(self, served: Served) -> None:
+        """Load an adapter, while the others are drawn. AdapterError when it is damaged, or of another base."""
+        loaded = await asyncio.to_thread(self.engine.read_adapter, served.path)
+        added: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.put(lambda: self._add(served, loaded, added))
+        await added
+
+    def remove_adapter(self, served: Served) -> None:
+        """Unload an adapter; what it has begun is drawn to its end."""
+        self._inbox.put(lambda: self.engine.remove(served.id))
+
+    def _add(self, served: Served, loaded: Adapter, added: asyncio.Future[None]) -> None:
+        error: Exception | None = None
+        try:
+            self.engine.add(served.id, loaded)
+        except Exception as found:
+            error = found
+
+        def tell() -> None:
+            if not added.done():
+                added.set_exception(error) if error else added.set_result(None)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            added.get_loop().call_soon_threadsafe(tell)
+
     def _draw(self) -> None:
         """Step through what there is, for ever."""
         try:
@@ -159,7 +186,8 @@ class Worker:
             return
         recipe = running.job.recipe
         try:
-            running.slots = [self.engine.slot(recipe, i, running.job.adapter) for i in range(recipe.n)]
+            adapter = running.job.adapter.id if running.job.adapter else ONLY
+            running.slots = [self.engine.slot(recipe, i, adapter) for i in range(recipe.n)]
             warnings = self.warnings(recipe)
         except Exception as error:
             running.send(error)
@@ -228,7 +256,7 @@ class Worker:
             "seed": recipe.seed + i,
             "size": f"{width}x{height}",
             "reference_sha256": None if reference is None else pixels_sha256(reference),
-            "model": self.model,
+            "model": job.adapter.name if job.adapter else self.model,
             "base": backbone.id,
             "base_weights_hash": backbone.weights_hash,
             "dtype": str(backbone.unet.dtype).removeprefix("torch."),

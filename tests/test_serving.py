@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from cluster.local import free_ports
 from serving.engine import Engine
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
-from trainer.adapter import Adapter, AdapterConfig
+from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
 from trainer.backbone import load_backbone
 
 LONG = {"prompt": "long", "num_inference_steps": 999, "n": 4}  # a minute and more on one core
@@ -52,7 +53,13 @@ def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def server(ray_session: str, twin: Path, adapter_folder: Path) -> Iterator[httpx.Client]:
+def more_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of further adapters, empty."""
+    return tmp_path_factory.mktemp("more")
+
+
+@pytest.fixture(scope="module")
+def server(ray_session: str, twin: Path, adapter_folder: Path, more_adapters: Path) -> Iterator[httpx.Client]:
     """A client of the application: one replica runs one request, one more waits, the next is refused.
 
     `max_replicas` of 2 lets the ingress take three, so that Serve's own refusal is met as well as the ingress's.
@@ -64,7 +71,7 @@ def server(ray_session: str, twin: Path, adapter_folder: Path) -> Iterator[httpx
     (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     app = build(
-        {"adapter": str(adapter_folder.parent), "base": str(twin), "num_cpus": "0.5", "ingress_num_cpus": "0.1",
+        {"adapter": str(adapter_folder.parent), "base": str(twin), "adapter_folder": str(more_adapters), "num_cpus": "0.5", "ingress_num_cpus": "0.1",
          "max_replicas": "2", "max_ongoing_requests": "1", "max_queued_requests": "1",
          "limits.max_num_inference_steps": "999", "limits.max_body_bytes": "2000000"}
     )  # fmt: skip
@@ -142,6 +149,33 @@ def test_a_reference_by_either_route_is_the_engines_picture(
     served = Image.open(io.BytesIO(pictures(by_json)[0]))
     assert abs(np.asarray(served).astype(int) - np.asarray(alone)).max() <= 1
     assert read_recipe(served)["reference_sha256"] == hashlib.sha256(sketch.tobytes()).hexdigest()
+
+
+def test_adapters_come_and_go_without_a_restart(
+    server: httpx.Client, sketch: Image.Image, adapter_folder: Path, more_adapters: Path
+) -> None:
+    fields: dict[str, Any] = {"seed": 5, "adapter_scale": 1.0, "image": base64.b64encode(png(sketch)).decode()}
+    own = pictures(generate(server, **fields))
+    assert generate(server, model="other", **fields).status_code == 404
+    other = Adapter.from_pretrained(adapter_folder)
+    with torch.no_grad():
+        for module in other.ip_adapter.values():
+            module.to_v_ip.weight.mul_(-1)  # type: ignore[union-attr]
+    other.save_pretrained(more_adapters / "other")
+    assert [model["id"] for model in server.get("/v1/models").json()["data"]] == ["animesketch", "other"]
+    theirs = pictures(generate(server, model="other", **fields))
+    assert theirs != own
+    assert read_recipe(Image.open(io.BytesIO(theirs[0])))["model"] == "other"
+    assert pictures(generate(server, **fields)) == own
+    Adapter.from_pretrained(adapter_folder).save_pretrained(more_adapters / "other")  # replaced: by a copy of ours
+    again = pictures(generate(server, model="other", **fields))
+    assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(one[0]))) for one in (again, own)))
+    (more_adapters / "other" / WEIGHTS).write_bytes(b"damaged")
+    (more_adapters / "other" / "SHA256SUMS").write_text("changed\n")
+    damaged = generate(server, model="other", **fields)
+    assert (damaged.status_code, damaged.json()["error"]["code"]) == (503, "model_unavailable")
+    shutil.rmtree(more_adapters / "other")
+    assert generate(server, model="other", **fields).status_code == 404
 
 
 def test_a_streamed_answer_ends_with_the_picture_of_a_plain_one(server: httpx.Client) -> None:

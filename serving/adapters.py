@@ -1,0 +1,62 @@
+"""The adapters that a server has, by name: its own, and those in a folder that is looked at anew for each request.
+
+An adapter or run folder that is put there is served under its name; one that is taken away is not; one that is replaced
+is loaded anew. Nothing is restarted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from factory.files import SUMS
+from trainer.adapter import AdapterError, find_adapter
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """An adapter of a folder as it is now."""
+
+    name: str
+    path: str
+    version: str  # changes with its content
+
+    @property
+    def id(self) -> str:
+        """What it is loaded under."""
+        return f"{self.name}@{self.version}"
+
+
+class ModelUnavailable(Exception):
+    """An adapter that was asked for can't be loaded; the words are for the client."""
+
+
+class Adapters:
+    """The adapters of `folder`, an absolute path that all nodes see; None for none."""
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = Path(folder) if folder else None
+
+    def names(self) -> list[str]:
+        """Return the names that can be asked for, sorted."""
+        if self._folder is None or not self._folder.is_dir():
+            return []
+        return sorted(path.name for path in self._folder.iterdir() if self.find(path.name) is not None)
+
+    def find(self, name: str) -> Served | None:
+        """Return the adapter of that name; None when there is none. Whether it is whole is seen when it is loaded."""
+        if self._folder is None or not NAME.fullmatch(name):
+            return None
+        try:
+            path = find_adapter(self._folder / name)
+            sums = path / SUMS
+            mark = (
+                sums.read_bytes() if sums.is_file() else repr((path.stat().st_size, path.stat().st_mtime_ns)).encode()
+            )
+        except (OSError, AdapterError):  # it is not there, or is being put there, or is something else
+            return None
+        return Served(name=name, path=str(path), version=hashlib.sha256(mark).hexdigest()[:12])

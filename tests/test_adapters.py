@@ -1,0 +1,63 @@
+"""The folder of adapters: what is put there is served, what is taken away is not, what is replaced is another one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factory.files import new_folder, write_atomic
+from serving.adapters import Adapters
+from tests.asking import CONFIG, GENERATIONS, GOOD, FakeBackend, ask, check_error
+from trainer.adapter import WEIGHTS
+
+
+def put(folder: Path, name: str, data: bytes = b"weights", *, run: bool = False) -> None:
+    with new_folder(folder / name / "adapter" if run else folder / name) as aside:
+        write_atomic(aside / WEIGHTS, data)
+
+
+def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path) -> None:
+    adapters = Adapters(str(tmp_path / "adapters"))
+    assert adapters.names() == []
+    put(tmp_path / "adapters", "lines")
+    put(tmp_path / "adapters", "a-run", run=True)
+    (tmp_path / "adapters" / "empty").mkdir()
+    (tmp_path / "adapters" / ".hidden").mkdir()
+    (tmp_path / "adapters" / "bare.safetensors").write_bytes(b"weights")
+    assert adapters.names() == ["a-run", "bare.safetensors", "lines"]
+    before = adapters.find("lines")
+    assert before is not None
+    assert before == adapters.find("lines")
+    put(tmp_path / "adapters", "lines", b"others")
+    after = adapters.find("lines")
+    assert after is not None
+    assert (after.name, after.path) == (before.name, before.path)
+    assert after.id != before.id
+    shutil.rmtree(tmp_path / "adapters" / "lines")
+    assert adapters.find("lines") is None
+
+
+@pytest.mark.parametrize("name", ["../adapters", "..", "", "/etc", "lines/../lines", "lines\0", "a" * 200])
+def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "adapters", "lines")
+    put(tmp_path, "secret")
+    assert Adapters(str(tmp_path / "adapters")).find(name) is None
+    assert Adapters(None).find("lines") is None
+
+
+def test_a_request_names_its_adapter(tmp_path: Path) -> None:
+    put(tmp_path, "lines")
+    config = dataclasses.replace(CONFIG, adapter_folder=str(tmp_path))
+    listed: list[dict[str, Any]] = ask("GET", "/v1/models", config=config).json()["data"]
+    assert [model["id"] for model in listed] == ["animesketch", "lines"]
+    for name, served in (("lines", "lines"), ("animesketch", None)):
+        backend = FakeBackend()
+        assert ask("POST", GENERATIONS, backend=backend, config=config, json={**GOOD, "model": name}).status_code == 200
+        (job,) = backend.jobs
+        assert (job.adapter and job.adapter.name) == served
+    missing = ask("POST", GENERATIONS, config=config, json={**GOOD, "model": "../lines"})
+    check_error(missing, 404, "model", "model_not_found")
