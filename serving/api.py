@@ -59,19 +59,23 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
 
     async def busy(http: Request, error: Exception) -> Response:
         """Answer 429: at once, so that a client can wait or go elsewhere."""
-        metrics.refused.inc()
         wait = metrics.drained_in(config.min_replicas) or config.retry_after_s
         message = f"Every place is taken, in the replicas and in the queue. Try again in {wait} seconds."
         headers = {"Retry-After": str(wait)}
-        answer = ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers)
-        return await _api_error(http, answer)
+        return await told(http, ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers))
+
+    async def told(http: Request, error: Exception) -> Response:
+        """Answer with an error object, counted by its code."""
+        assert isinstance(error, ApiError)
+        metrics.refused.labels(error.body["error"]["code"] or str(error.status)).inc()
+        return JSONResponse(error.body, error.status, headers=error.headers)
 
     api = FastAPI(
         title="AnimeSketch",
         description="Pictures in the style and content of a sketch. OpenAI Images is the dialect.",
         docs_url="/docs",
         redoc_url=None,
-        exception_handlers={ApiError: _api_error, Busy: busy, HTTPException: _http_error},
+        exception_handlers={ApiError: told, Busy: busy, HTTPException: _http_error},
     )
 
     @contextlib.asynccontextmanager
@@ -171,7 +175,7 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         events: AsyncGenerator[Event], http: Request, job: Job, warnings: tuple[str, ...], started: float
     ) -> AsyncIterator[bytes]:
         """Yield server-sent events: previews, each finished picture, or an error that came after the first byte."""
-        route, pictures = http.url.path, 0
+        route, pictures, first = http.url.path, 0, True
         shared = {"size": _size(job), "output_format": job.output_format, "quality": "auto", "background": "opaque"}
         try:
             while True:
@@ -183,6 +187,9 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
                     break
                 if not isinstance(event, Picture):
                     continue
+                if first:
+                    metrics.first.observe(time.monotonic() - started)
+                    first = False
                 data = {"b64_json": _b64(event.data), "seed": event.seed, "created_at": int(time.time()), **shared}
                 if event.partial is not None:
                     yield _sse(f"{EVENTS[route]}.partial_image", {**data, "partial_image_index": event.partial})
@@ -270,7 +277,8 @@ class _Metrics:
         self.registry = CollectorRegistry()
         one: Any = {"registry": self.registry}
         self.responses = Counter("animesketch_http_responses", "Answers.", ["route", "status"], **one)
-        self.refused = Counter("animesketch_http_refused", "Requests answered 429.", **one)
+        self.refused = Counter("animesketch_http_refused", "Requests refused, by the error's code.", ["code"], **one)
+        self.first = Histogram("animesketch_first_partial_seconds", "Time to a stream's first picture.", **one)
         self.pictures = Counter("animesketch_pictures", "Finished pictures.", ["route"], **one)
         self.seconds = Histogram("animesketch_request_seconds", "Time of finished requests.", ["route"], **one)
         self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
@@ -340,11 +348,6 @@ def _timeout(config: ServingConfig) -> ApiError:
 
 def _retry_after(config: ServingConfig) -> dict[str, str]:
     return {"Retry-After": str(config.retry_after_s)}
-
-
-async def _api_error(http: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, headers=error.headers)
 
 
 async def _http_error(http: Request, error: Exception) -> Response:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -88,11 +89,23 @@ class _Running:
 class Worker:
     """Draws jobs on an engine."""
 
-    def __init__(self, engine: Engine, model: str, *, cap: int = 4, steps_per_second: float = 0.0) -> None:
-        """`cap`: pictures of the native size that are denoised at a time; `steps_per_second`: as in Facts."""
+    def __init__(
+        self,
+        engine: Engine,
+        model: str,
+        *,
+        cap: int = 4,
+        steps_per_second: float = 0.0,
+        watch: Callable[[int, int, float], object] = lambda drawn, waiting, seconds: None,
+    ) -> None:
+        """`cap`: pictures of the native size that are denoised at a time; `steps_per_second`: as in Facts.
+
+        `watch` is told of each step: the pictures in it, those that wait for a place, and its seconds.
+        """
         self.engine = engine
         self.model = model
         self.steps_per_second = steps_per_second
+        self._watch = watch
         self.batcher = Batcher(engine, cap)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what to do before the next step
         self._running: dict[int, _Running] = {}  # by id of slot
@@ -165,7 +178,10 @@ class Worker:
                     self._inbox.get()()
                 while not self._inbox.empty():
                     self._inbox.get()()
+                begun = time.perf_counter()
                 slots, failed = self.batcher.step()
+                if slots:
+                    self._watch(len(slots), len(self.batcher.waiting), time.perf_counter() - begun)
                 for slot, error in failed:
                     if id(slot) in self._running:  # its job has not failed by another slot
                         self._fail(self._running[id(slot)], error)

@@ -71,7 +71,8 @@ def server(ray_session: str, twin: Path, adapter_folder: Path, more_adapters: Pa
     (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     app = build(
-        {"adapter": str(adapter_folder.parent), "base": str(twin), "adapter_folder": str(more_adapters), "num_cpus": "0.5", "ingress_num_cpus": "0.1",
+        {"adapter": str(adapter_folder.parent), "base": str(twin), "adapter_folder": str(more_adapters),
+         "num_cpus": "0.5", "ingress_num_cpus": "0.1",
          "max_replicas": "2", "max_ongoing_requests": "1", "max_queued_requests": "1",
          "limits.max_num_inference_steps": "999", "limits.max_body_bytes": "2000000"}
     )  # fmt: skip
