@@ -1,0 +1,201 @@
+"""python -m serving.load: requests as a crowd sends them, to a server on this machine; what came of them, in numbers.
+
+Requests come at random (Poisson), with mixed sizes and steps; some of the clients leave before their answer. It stops by
+itself. Only addresses of this machine are taken: it is a measure, not a weapon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import ipaddress
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+MAX_REQUESTS = 100_000  # of a run
+EXAMPLES = """examples:
+  two requests a second for a minute:
+    python -m serving.load --rate 2 --seconds 60
+  small and large pictures, from a sketch; every tenth client leaves:
+    python -m serving.load --rate 2 --size 512x512 --size 768x512 --image sketch.png --disconnects 0.1"""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What came of the requests so far. Seconds, of those that were answered with pictures or refused."""
+
+    answered: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    left: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by what
+    in_progress: list[float] = field(default_factory=list)  # requests that the server held, seen each second
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one load; 0 when every request was answered, refused or left by its client, 1 when some failed otherwise."""
+    args = _parser().parse_args(argv)
+    try:
+        bodies = make_bodies(args)
+        _check_local(args.url)
+    except (ValueError, OSError) as error:
+        print(f"serving.load: {error}", file=sys.stderr)
+        return 2
+    tally, seconds = asyncio.run(load(args, bodies))
+    print(json.dumps(summary(tally, seconds), indent=1))
+    return 1 if tally.failed else 0
+
+
+def make_bodies(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the requests of a run, the same ones for the same arguments. ValueError for more than MAX_REQUESTS."""
+    rng, count = random.Random(args.seed), round(args.rate * args.seconds)
+    if not 1 <= count <= MAX_REQUESTS:
+        raise ValueError(f"rate x seconds must be from 1 to {MAX_REQUESTS} requests, got {count}.")
+    low, high = args.steps
+    shared: dict[str, Any] = {"prompt": args.prompt, **({"model": args.model} if args.model else {})}
+    if args.image:
+        shared["image"] = base64.b64encode(Path(args.image).read_bytes()).decode()
+    sizes = [{"size": size} for size in args.size] or [{}]
+    return [
+        {**shared, **rng.choice(sizes), "num_inference_steps": rng.randint(low, high), "seed": number}
+        for number in range(count)
+    ]
+
+
+async def load(args: argparse.Namespace, bodies: list[dict[str, Any]]) -> tuple[Tally, float]:
+    """Send the requests; return what came of them, and the seconds from the first one to the last answer."""
+    rng, tally, at = random.Random(args.seed), Tally(), 0.0
+    headers = {"Authorization": f"Bearer {args.key}"} if args.key else {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=args.url, headers=headers, limits=limits, timeout=args.timeout) as http:
+        watch = asyncio.create_task(_watch(http, tally))
+        begun, asked = time.monotonic(), []
+        for body in bodies:
+            at += rng.expovariate(args.rate)
+            leaves = rng.uniform(0.0, 1.0) if rng.random() < args.disconnects else None
+            asked.append(asyncio.create_task(_ask(http, body, at, leaves, tally)))
+        await asyncio.gather(*asked)
+        seconds = time.monotonic() - begun
+        watch.cancel()
+    return tally, seconds
+
+
+async def _ask(http: httpx.AsyncClient, body: dict[str, Any], at: float, leaves: float | None, tally: Tally) -> None:
+    await asyncio.sleep(at)
+    begun = time.monotonic()
+    try:
+        async with asyncio.timeout(leaves):
+            reply = await http.post("/v1/images/generations", json=body)
+    except TimeoutError:
+        tally.left += 1
+        return
+    except httpx.HTTPError as error:
+        tally.failed[type(error).__name__] += 1
+        return
+    seconds = time.monotonic() - begun
+    if reply.status_code == 200:
+        tally.answered.append(seconds)
+    elif reply.status_code == 429:
+        tally.refused.append(seconds)
+    else:
+        tally.failed[f"status {reply.status_code}"] += 1
+
+
+async def _watch(http: httpx.AsyncClient, tally: Tally) -> None:
+    """Note each second how many requests the server holds."""
+    while True:
+        await asyncio.sleep(1)
+        try:
+            lines = (await http.get("/metrics")).text.splitlines()
+        except httpx.HTTPError:
+            continue
+        tally.in_progress += [float(line.split()[-1]) for line in lines if line.startswith("animesketch_requests_in_p")]
+
+
+def summary(tally: Tally, seconds: float) -> dict[str, Any]:
+    """Return the numbers of a run: latencies in seconds, goodput in requests a second."""
+    return {
+        "answered": len(tally.answered),
+        "refused": len(tally.refused),
+        "left": tally.left,
+        "failed": dict(tally.failed),
+        "seconds": round(seconds, 2),
+        "goodput": round(len(tally.answered) / seconds, 3),
+        "latency": percentiles(tally.answered),
+        "refused_within": percentiles(tally.refused),
+        "in_progress": round(statistics.mean(tally.in_progress), 2) if tally.in_progress else None,
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float] | None:
+    """Return median, 95th and 99th percentile and the largest of `values`; None for none."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {
+        name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4)
+        for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
+    }
+
+
+def _check_local(url: str) -> None:
+    host = urlsplit(url).hostname or ""
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise ValueError(f"--url {url}: only a server on this machine is loaded, such as http://127.0.0.1:8000.")
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    found = (int(low), int(high or low))
+    if not 1 <= found[0] <= found[1]:
+        raise argparse.ArgumentTypeError(f"a number or a range such as 20-50, got {text!r}")
+    return found
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"a share from 0 to 1, got {text!r}")
+    return float(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.load",
+        description=__doc__.partition(": ")[2],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    parser.add_argument("--key", help="an API key, where the server asks for one")
+    parser.add_argument("--rate", type=float, default=1.0, help="requests a second, on average (default: 1)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for so long requests are sent (default: 30)")
+    parser.add_argument(
+        "--steps", type=_range, default=(20, 50), metavar="LOW-HIGH", help="DDIM steps (default: 20-50)"
+    )
+    parser.add_argument("--size", action="append", default=[], metavar="WxH", help="may be given again, to be mixed")
+    parser.add_argument("--prompt", default="a smiling girl with long hair, anime sketch, line art")
+    parser.add_argument("--model", help="a name that /v1/models lists")
+    parser.add_argument("--image", metavar="FILE", help="a reference sketch for all requests")
+    parser.add_argument("--disconnects", type=_share, default=0.0, metavar="SHARE", help="of clients that leave (0)")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a client waits (default: 600)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same requests at the same times")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
