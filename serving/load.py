@@ -1,7 +1,7 @@
-"""python -m serving.load: requests as a crowd sends them, to a server on this machine; what came of them, in numbers.
+"""python -m serving.load: requests as a crowd sends them, to a server on this machine, and what came of them.
 
-Requests come at random (Poisson), with mixed sizes and steps; some of the clients leave before their answer. It stops by
-itself. Only addresses of this machine are taken: it is a measure, not a weapon.
+Requests come at random (Poisson), with mixed sizes and steps; some of the clients leave before their answer. It stops
+by itself. Only addresses of this machine are taken: it is a measure, not a weapon.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def test_the_ingress_holds_no_more_requests_than_there_are_places() -> None:
     statuses, jobs, metrics = asyncio.run(main())
     assert statuses == [200] * 3 + [429] * 8
     assert jobs == 3
-    assert "animesketch_http_refused_total 8.0" in metrics
+    assert 'animesketch_http_refused_total{code="queue_full"} 8.0' in metrics
     assert 'animesketch_http_responses_total{route="/v1/images/generations",status="200"} 3.0' in metrics
     assert "animesketch_requests_in_progress 0.0" in metrics
 
