@@ -19,7 +19,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file
 
 from factory.files import check_sealed
-from serving.engine import Engine, Recipe
+from serving.engine import Engine
+from serving.recipe import Recipe
 from tests.lines import files, write_lines
 from trainer import loop
 from trainer.__main__ import main

@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from serving.engine import Engine, Recipe
+from serving.engine import Engine
+from serving.recipe import Recipe
 from tests.lines import files, write_lines
 from tests.published import SD15, flat, nested
 from trainer import loop
