@@ -24,6 +24,7 @@ from serving import protocol
 from serving.adapters import Adapters
 from serving.config import ServingConfig
 from serving.gate import Gate, server_error
+from serving.page import studio
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
 from serving.rates import Rates
 from serving.worker import Event, Facts, Job, Picture, Started
@@ -235,6 +236,11 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         if trouble is not None:
             raise ApiError(503, trouble, type="server_error", code="unavailable")
         return JSONResponse({"status": "ok"})
+
+    @api.get("/studio", include_in_schema=False)
+    async def page() -> Response:
+        """A page that draws by this API."""
+        return studio()
 
     @api.get("/metrics")
     async def prometheus() -> Response:
