@@ -7,15 +7,14 @@ import dataclasses
 import random
 from pathlib import Path
 
-import lance
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-from factory import schema
 from factory.picture import encode_png
 from factory.toon import caption, draw, random_pose, random_scene
+from tests.lines import sample_row, write_samples
 from tests.test_soak import REPO, write_table
 from trainer import loop
 from trainer.adapter import Adapter
@@ -41,20 +40,9 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> str:
     for number in range(TRAINED + HELD_OUT):
         scene = random_scene(rng)
         lines = draw(scene, (256, 144), [random_pose(rng) for _ in scene.figures]).lines
-        rows.append(
-            {
-                "frame_id": f"source-{number:012d}",
-                "source_id": "source",
-                "training_sketch": encode_png(lines),
-                "caption": caption(scene, rng),
-                "keywords": ["anime sketch", "line art"],
-                "split": "train" if number < TRAINED else "validation",
-                "selected": True,
-            }
-        )
-    table = schema.to_table("samples", rows)
-    lance.write_dataset(table, str(root / "samples.lance"), data_storage_version=schema.STORAGE_VERSION)
-    return str(root)
+        split = "train" if number < TRAINED else "validation"
+        rows.append(sample_row(number, encode_png(lines), caption(scene, rng), split))
+    return write_samples(root, rows)
 
 
 def test_the_held_out_loss_falls_below_the_bases_and_references_steer_the_picture(
