@@ -65,7 +65,6 @@ def training(run: Path) -> dict[str, Any] | None:
     if validation:
         if base is not None:
             numbers["held out, the base alone"] = f"{base:.4f}"
-        numbers["held out, first"] = f"{validation[0][1]:.4f}"
         numbers["held out, last"] = f"{validation[-1][1]:.4f}"
     if speeds:
         numbers["samples per second"] = f"{sorted(speeds)[len(speeds) // 2]:.1f}"
@@ -90,15 +89,15 @@ def loss_curves(aligned: Points, train: Points, validation: Points, base: float 
         FigureCanvasSVG(figure)
         panels = figure.subplots(1, 2 if aligned else 1, squeeze=False)[0]
         if aligned:
-            _losses(panels[0], aligned, "alignment")
+            _losses(panels[0], aligned)
             panels[0].set(xlabel="alignment step", ylabel="alignment loss", yscale="log")
-        _losses(panels[-1], train, "training")
+        _losses(panels[-1], train)
         panels[-1].set(xlabel="training step", ylabel="noise loss (MSE)")
         if validation:
             style = {"color": _ACCENT, "marker": "o", "markersize": 3.5, "linewidth": 1.2}
             panels[-1].plot(*zip(*validation, strict=True), label="held out", **style)
         if base is not None:
-            panels[-1].axhline(base, color=_ACCENT, linewidth=1, linestyle=(0, (4, 3)), label="held out, base alone")
+            panels[-1].axhline(base, color=_ACCENT, linewidth=1, linestyle=(0, (4, 3)), label="base alone")
         for axes in panels:
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines[["left", "bottom"]].set_color(_LINE)
@@ -117,9 +116,9 @@ def loss_curves(aligned: Points, train: Points, validation: Points, base: float 
     return svg
 
 
-def _losses(axes: Any, points: Points, name: str) -> None:
+def _losses(axes: Any, points: Points) -> None:
     steps, losses = zip(*points, strict=True)
-    axes.plot(steps, losses, color=_FAINT, linewidth=0.7, alpha=0.7, label=f"{name}, each step")
+    axes.plot(steps, losses, color=_FAINT, linewidth=0.7, alpha=0.7, label="each step")
     axes.plot(steps, _smooth(losses), color=_INK, linewidth=1.5, label="smoothed")
 
 

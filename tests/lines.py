@@ -11,6 +11,27 @@ import numpy as np
 from factory import schema
 
 
+def sample_row(number: int, sketch: bytes, caption: str, split: str, **more: object) -> dict[str, object]:
+    """A selected row of samples: a line drawing with its text."""
+    return {
+        "frame_id": f"source-{number:012d}",
+        "source_id": "source",
+        "training_sketch": sketch,
+        "caption": caption,
+        "keywords": ["anime sketch", "line art"],
+        "split": split,
+        "selected": True,
+        **more,
+    }
+
+
+def write_samples(root: Path, rows: list[dict[str, object]]) -> str:
+    """Write a dataset root of such rows; return it."""
+    table = schema.to_table("samples", rows)
+    lance.write_dataset(table, str(root / "samples.lance"), data_storage_version=schema.STORAGE_VERSION)
+    return str(root)
+
+
 def write_lines(root: Path) -> str:
     """Write and return a dataset root with ten drawings to train on, eight of them accepted, and three held out."""
     rng = np.random.default_rng(0)
@@ -20,22 +41,13 @@ def write_lines(root: Path) -> str:
         picture = np.full((height, width), 255, np.uint8)
         for points in rng.integers(0, 72, (6, 3, 2)).astype(np.int32):
             cv2.polylines(picture, [points], False, 0, 2, cv2.LINE_AA)
-        rows.append(
-            {
-                "frame_id": f"source-{number:012d}",
-                "source_id": "source",
-                "image": cv2.imencode(".png", cv2.applyColorMap(picture, cv2.COLORMAP_OCEAN))[1].tobytes(),
-                "training_sketch": cv2.imencode(".png", picture)[1].tobytes(),
-                "caption": f"drawing {number}",
-                "keywords": ["anime sketch", "line art"],
-                "split": "train" if number < 10 else "validation",
-                "selected": True,
-                "review": "accepted" if number % 5 else "pending",
-            }
+        sketch, colour = (
+            cv2.imencode(".png", layer)[1].tobytes()
+            for layer in (picture, cv2.applyColorMap(picture, cv2.COLORMAP_OCEAN))
         )
-    table = schema.to_table("samples", rows)
-    lance.write_dataset(table, str(root / "samples.lance"), data_storage_version=schema.STORAGE_VERSION)
-    return str(root)
+        split, review = "train" if number < 10 else "validation", "accepted" if number % 5 else "pending"
+        rows.append(sample_row(number, sketch, f"drawing {number}", split, image=colour, review=review))
+    return write_samples(root, rows)
 
 
 def files(folder: Path) -> dict[str, bytes]:

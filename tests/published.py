@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 SD15_WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320, 1280)  # down, up, mid
 TWIN_WIDTHS = (32, 32, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 32, 32, 32, 64)
@@ -52,6 +56,6 @@ def nested(variant: str = "plus", dtype: torch.dtype = torch.float16, **sizes) -
     }
 
 
-def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return nested tensors as in a published .safetensors."""
+def flat(state: dict[str, dict[str, T]]) -> dict[str, T]:
+    """Return nested tensors, or their shapes, by the keys of a published .safetensors."""
     return {f"{part}.{key}": tensor for part, table in state.items() for key, tensor in table.items()}

@@ -13,6 +13,7 @@ from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
+from tests import published
 from trainer.adapter import Adapter, AdapterConfig, AdapterError, DecoupledCrossAttention, Resampler, read_config
 from trainer.backbone import Backbone, load_backbone, make_twin
 
@@ -82,30 +83,8 @@ def _widths() -> list[int]:
 
 
 def _published() -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of ip-adapter-plus_sd15 (facts/method.md 1.7)."""
-    d = 768
-    shapes: dict[str, tuple[int, ...]] = {
-        "latents": (1, 16, d),
-        "proj_in.weight": (d, 1280),
-        "proj_in.bias": (d,),
-        "proj_out.weight": (d, d),
-        "proj_out.bias": (d,),
-        "norm_out.weight": (d,),
-        "norm_out.bias": (d,),
-    }
-    for n in range(4):
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
-            shapes[f"layers.{n}.0.{name}"] = (d,)
-        shapes[f"layers.{n}.0.to_q.weight"] = (d, d)
-        shapes[f"layers.{n}.0.to_kv.weight"] = (2 * d, d)
-        shapes[f"layers.{n}.0.to_out.weight"] = (d, d)
-        shapes[f"layers.{n}.1.0.weight"] = shapes[f"layers.{n}.1.0.bias"] = (d,)
-        shapes[f"layers.{n}.1.1.weight"] = (4 * d, d)
-        shapes[f"layers.{n}.1.3.weight"] = (d, 4 * d)
-    published = {f"image_proj.{key}": shape for key, shape in shapes.items()}
-    for n, width in zip(range(1, 32, 2), _widths(), strict=True):
-        published[f"ip_adapter.{n}.to_k_ip.weight"] = published[f"ip_adapter.{n}.to_v_ip.weight"] = (width, d)
-    return published
+    """Keys and shapes of ip-adapter-plus_sd15."""
+    return published.flat(published.shapes("plus", **published.SD15))
 
 
 def test_sd15_sized_file_in_fp16_has_the_published_size_and_loads_as_a_bare_file(tmp_path: Path):

@@ -192,7 +192,7 @@ def test_other_settings_have_another_cache(cache: str, config: TrainerConfig, ch
         other = dataclasses.replace(config, **changes)
     else:
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
-    assert uri_of(config.data.root, facts_of(config)) == cache
+    assert uri_of(config.data, facts_of(config)) == cache
     assert key_of(facts_of(other)) != key_of(facts_of(config))
 
 
@@ -309,7 +309,7 @@ def test_values_beyond_float16_are_refused_by_name(ray_session: str, config: Tra
     large = dataclasses.replace(config, pretrained_model_name_or_path=str(base))
     with pytest.raises(ValueError, match=r"gave features of up to .*data\.cache_dtype=float32"):
         write_cache(large)
-    assert not exists(uri_of(large.data.root, facts_of(large)))
+    assert not exists(uri_of(large.data, facts_of(large)))
 
 
 def test_the_command_makes_a_cache_and_tells_what_is_wrong(
@@ -322,7 +322,9 @@ def test_the_command_makes_a_cache_and_tells_what_is_wrong(
     assert "is whole. Nothing to do" in lines[0]  # neither drop rates nor batches change it
     assert json.loads(lines[-1])["cache"] == cache
     assert main(["cache", "--root", "s3://bucket/anime"]) == 2
-    assert "local folders only" in capsys.readouterr().err
+    assert "--set data.cache_root=" in capsys.readouterr().err
+    elsewhere = dataclasses.replace(config.data, root="s3://bucket/anime", cache_root="/shared")
+    assert uri_of(elsewhere, {"recipe": 1}).startswith("/shared/caches/")
     with pytest.raises(SystemExit):
         main(["cache", "--help"])
     assert "data.cache=auto" in capsys.readouterr().out

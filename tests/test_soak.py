@@ -12,6 +12,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,13 +128,32 @@ def _again(ray_address: str, films: Path, root: Path, expected: dict) -> str:
             return f"exit code {code}: {output[-200:]}"
 
 
+def full_size_losses(
+    adapter: Any, unet: Any, features: tuple[int, ...], *, steps: int, learning_rate: float
+) -> list[float]:
+    """The losses of optimizer steps on one random batch of one, with latents of 16x16; `features` is a shape."""
+    import torch
+
+    from trainer.loss import noise_loss
+
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.01)
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 768), torch.randn(features)
+    noise, losses = torch.randn(1, 4, 16, 16), []
+    for _ in range(steps):
+        loss = noise_loss(adapter(unet, *inputs), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def test_a_full_size_step(tmp_path: Path) -> None:
     """Optimise the full-size adapter on a full-size, random-weight UNet (fp32, batch 1, 16x16 latents)."""
     import torch
     from diffusers import UNet2DConditionModel
 
     from trainer.adapter import Adapter, AdapterConfig
-    from trainer.loss import noise_loss
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -144,16 +164,8 @@ def test_a_full_size_step(tmp_path: Path) -> None:
     counted = [sum(p.numel() for p in module.parameters()) for module in (adapter, unet)]
     counted[1] -= sum(p.numel() for p in adapter.ip_adapter.parameters())  # attached: counted with the UNet too
     assert counted == [49_087_488, 859_520_964]
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, weight_decay=0.01)
-    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 768), torch.randn(1, 257, 1280)
-    noise = torch.randn(1, 4, 16, 16)
-    losses, start = [], time.monotonic()
-    for _ in range(3):
-        loss = noise_loss(adapter(unet, *inputs), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    start = time.monotonic()
+    losses = full_size_losses(adapter, unet, (1, 257, 1280), steps=3, learning_rate=1e-5)
     seconds = (time.monotonic() - start) / 3
     assert losses[0] > losses[1] > losses[2]
     assert all(p.grad is None for name, p in unet.named_parameters() if "_ip" not in name)

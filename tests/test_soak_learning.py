@@ -7,19 +7,19 @@ import dataclasses
 import random
 from pathlib import Path
 
-import lance
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from factory import schema
 from factory.picture import encode_png
 from factory.toon import caption, draw, random_pose, random_scene
+from tests.lines import sample_row, write_samples
 from tests.test_soak import REPO, write_table
 from trainer import loop
 from trainer.adapter import Adapter
-from trainer.backbone import Backbone, load_backbone
+from trainer.backbone import load_backbone
 from trainer.base import MICRO
 from trainer.config import DataConfig, PicturesConfig, TrainerConfig, WorkersConfig, micro
 from trainer.data import Samples
@@ -27,6 +27,7 @@ from trainer.pictures import draw_picture, write_sheet
 from trainer.run import Run
 
 pytestmark = pytest.mark.soak
+JUDGE = REPO / "trainer" / "weights" / "judge" / "clip"  # no adapter reads it
 SEEDS = (1, 2, 3)
 STEPS = 600
 TRAINED, HELD_OUT, DRAWN = 2000, 100, 60  # drawings; the last ones of the held out
@@ -41,20 +42,9 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> str:
     for number in range(TRAINED + HELD_OUT):
         scene = random_scene(rng)
         lines = draw(scene, (256, 144), [random_pose(rng) for _ in scene.figures]).lines
-        rows.append(
-            {
-                "frame_id": f"source-{number:012d}",
-                "source_id": "source",
-                "training_sketch": encode_png(lines),
-                "caption": caption(scene, rng),
-                "keywords": ["anime sketch", "line art"],
-                "split": "train" if number < TRAINED else "validation",
-                "selected": True,
-            }
-        )
-    table = schema.to_table("samples", rows)
-    lance.write_dataset(table, str(root / "samples.lance"), data_storage_version=schema.STORAGE_VERSION)
-    return str(root)
+        split = "train" if number < TRAINED else "validation"
+        rows.append(sample_row(number, encode_png(lines), caption(scene, rng), split))
+    return write_samples(root, rows)
 
 
 def test_the_held_out_loss_falls_below_the_bases_and_references_steer_the_picture(
@@ -75,7 +65,7 @@ def test_the_held_out_loss_falls_below_the_bases_and_references_steer_the_pictur
         # without a text: what is alike can come from the reference alone
         made = [draw_picture(base, adapter, "", picture, DRAW, side=64, seed=i) for i, picture in enumerate(references)]
         adapter.detach(base.unet)
-        alike = looks(base, made) @ looks(base, [ImageOps.pad(r, (64, 64), color="white") for r in references]).T
+        alike = looks(made) @ looks([ImageOps.pad(r, (64, 64), color="white") for r in references]).T
         own, other = np.diag(alike), np.diag(np.roll(alike, 1, axis=1))
         rows.append([seed, f"{alone:.5f}", *(f"{curve[step]:.5f}" for step in (0, 150, 300, 450, STEPS))])
         rows[-1] += [f"{1 - curve[STEPS] / alone:.2%}", f"{own.mean():.3f}", f"{other.mean():.3f}"]
@@ -106,11 +96,11 @@ def made_of(data: DataConfig, output: Path, seed: int) -> TrainerConfig:
 
 
 @torch.no_grad()
-def looks(base: Backbone, pictures: list[Image.Image]) -> np.ndarray:
-    """Return CLIP embeddings of unit length, of pictures that are square."""
-    pixels = base.image_processor(pictures, return_tensors="pt").pixel_values
-    embeddings = base.image_encoder(pixels).image_embeds
-    return torch.nn.functional.normalize(embeddings, dim=-1).numpy()
+def looks(pictures: list[Image.Image]) -> np.ndarray:
+    """Return the judge's embeddings, of unit length, of pictures that are square."""
+    judge = CLIPVisionModelWithProjection.from_pretrained(JUDGE, dtype=torch.float32).eval()
+    pixels = CLIPImageProcessor.from_pretrained(JUDGE)(pictures, return_tensors="pt").pixel_values
+    return torch.nn.functional.normalize(judge(pixels).image_embeds, dim=-1).numpy()
 
 
 def sign_flips(differences: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import peak
 from tests.published import SD15, flat, nested
-from tests.test_soak import write_table
+from tests.test_soak import full_size_losses, write_table
 from trainer.plan import SET_ASIDE, SLACK
 
 pytestmark = pytest.mark.soak
@@ -89,7 +89,6 @@ def test_a_file_in_the_published_layout_is_trained_at_full_size(tmp_path: Path, 
 
     from trainer.adapter import Adapter
     from trainer.convert import convert
-    from trainer.loss import noise_loss
     from trainer.sd15 import BaseSizes
 
     published = flat(nested(variant, **SD15))
@@ -107,16 +106,8 @@ def test_a_file_in_the_published_layout_is_trained_at_full_size(tmp_path: Path, 
     adapter = Adapter.from_pretrained(file)
     adapter.attach(unet)
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
-    features = torch.randn(1, 257, 1280) if variant == "plus" else torch.randn(1, 1, 1024)
-    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 768), features
-    noise = torch.randn(1, 4, 16, 16)
-    optimizer, losses = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=0.01), []
-    for _ in range(2):
-        loss = noise_loss(adapter(unet, *inputs), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    features = (1, 257, 1280) if variant == "plus" else (1, 1, 1024)
+    losses = full_size_losses(adapter, unet, features, steps=2, learning_rate=1e-4)
     assert losses[1] < losses[0]
 
     adapter.save_pretrained(tmp_path / "trained")

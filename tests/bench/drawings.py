@@ -6,11 +6,9 @@ import json
 import random
 from pathlib import Path
 
-import lance
-
-from factory import schema
 from factory.picture import encode_png
 from factory.toon import caption, draw, random_pose, random_scene
+from tests.lines import sample_row, write_samples
 
 WIDTHS = (1024, 1920, 3840)  # pixels of a sketch in 16:9: the training sketch, and those of two films
 
@@ -31,19 +29,9 @@ def write_drawings(root: Path, folder: Path, count: int) -> str:
         for width in WIDTHS:
             lines = draw(scene, (width, width * 9 // 16), poses).lines
             (folder / str(width) / name).write_bytes(encode_png(lines))
-        row = {
-            "frame_id": f"source-{number:012d}",
-            "source_id": "source",
-            "training_sketch": (folder / str(WIDTHS[0]) / name).read_bytes(),
-            "caption": caption(scene, rng),
-            "keywords": ["anime sketch", "line art"],
-            "split": "train",
-            "selected": True,
-        }
-        rows.append(row)
-        listed.append({"image_file": name, "text": f"{row['caption']}, anime sketch, line art"})
+        text = caption(scene, rng)
+        rows.append(sample_row(number, (folder / str(WIDTHS[0]) / name).read_bytes(), text, "train"))
+        listed.append({"image_file": name, "text": f"{text}, anime sketch, line art"})
     for width in WIDTHS:
         (folder / str(width) / "data.json").write_text(json.dumps(listed))
-    table = schema.to_table("samples", rows)
-    lance.write_dataset(table, str(root / "samples.lance"), data_storage_version=schema.STORAGE_VERSION)
-    return str(root)
+    return write_samples(root, rows)
