@@ -81,6 +81,8 @@ class SketchReplica:
             image_encoder=config.image_encoder,
             dtype=getattr(torch, config.dtype),
             device=config.device or ("cuda" if config.num_gpus else "cpu"),
+            channels_last=config.channels_last,
+            compile=config.compile,
         )
         seconds = step_seconds(engine, ONLY, config.max_batch_size)
         cap = best_cap(seconds)

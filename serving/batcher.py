@@ -1,10 +1,9 @@
-"""Which slots are denoised together: pictures join and leave between steps, and shapes take turns."""
+"""Which slots are denoised together: pictures join and leave between steps, and none waits long for its size."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -16,41 +15,40 @@ GAIN = 1.1  # more pictures a second that twice the slots must bring, to be wort
 
 
 class Batcher:
-    """Slots of one engine, in the order in which they came. Not for several threads at once.
+    """Slots of one engine. Not for several threads at once.
 
-    At most `cap` slots are denoised at a time, counted in pictures of the base's native size; the others wait in line,
-    and nobody overtakes. Slots of one shape are one batch; the batches of several shapes take a step in turn, so that
-    each picture goes on as fast as every other.
+    Slots of one shape are denoised together, as many as `cap` pictures of the base's native size. Each step is for the
+    slot that has waited longest for its size, as a multiple of its own work (steps x pixels), and for the next ones of
+    its shape: short pictures don't wait for long ones, and nobody starves, since waiting alone brings a slot to the
+    front.
     """
 
-    def __init__(self, engine: Engine, cap: int) -> None:
-        self.engine, self.cap = engine, cap
-        self.waiting: deque[Slot] = deque()
-        self.active: list[Slot] = []
-        self._turns: deque[tuple[int, int, int]] = deque()  # shapes of active slots, whose turn is next first
+    def __init__(self, engine: Engine, cap: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine, self.cap, self._clock = engine, cap, clock
+        self._came: dict[Slot, float] = {}  # when each slot did, in that order
+
+    def __len__(self) -> int:
+        """Return the number of slots that are not done."""
+        return len(self._came)
 
     def add(self, slots: Sequence[Slot]) -> None:
-        """Put slots at the end of the line."""
-        self.waiting.extend(slots)
+        """Have slots drawn."""
+        self._came |= dict.fromkeys(slots, self._clock())
 
     def remove(self, slots: Sequence[Slot]) -> None:
-        """Have no more to do with slots, wherever they are."""
-        gone = set(map(id, slots))
-        self.waiting = deque(slot for slot in self.waiting if id(slot) not in gone)
-        self.active = [slot for slot in self.active if id(slot) not in gone]
+        """Have no more to do with slots."""
+        for slot in slots:
+            self._came.pop(slot, None)
 
     def step(self) -> tuple[list[Slot], list[tuple[Slot, Exception]]]:
-        """Take the batch whose turn it is a step further. Return its slots, and those that failed with their errors.
+        """Take a batch a step further. Return its slots, and those that failed with their errors.
 
-        Slots that are done, or failed, are not active any more. A step that fails is tried again slot by slot: what is
-        wrong with one is not the others' fault. Nothing at all is returned when there is nothing to do.
+        Slots that are done, or failed, are removed. A step that fails is tried again slot by slot: what is wrong with
+        one is not the others' fault. Nothing at all is returned when there is nothing to do.
         """
-        self._admit()
-        if not self._turns:
+        slots, failed = self._next(), []
+        if not slots:
             return [], []
-        shape = self._turns[0]
-        self._turns.rotate(-1)
-        slots, failed = [slot for slot in self.active if slot.shape == shape], []
         try:
             self.engine.step(slots)
         except Exception as error:
@@ -59,20 +57,22 @@ class Batcher:
         self.remove([slot for slot, _ in failed] + [slot for slot in slots if not slot.timesteps])
         return slots, failed
 
-    def cost(self, slot: Slot) -> float:
+    def _next(self) -> list[Slot]:
+        """Return the slots of the next step, in the order in which they came; one that is larger than `cap` alone."""
+        now = self._clock()
+
+        def waited(slot: Slot) -> float:
+            return (now - self._came[slot]) / (slot.recipe.num_inference_steps * self._cost(slot))
+
+        slots = sorted(self._came, key=waited, reverse=True)
+        of_shape = [slot for slot in slots if slot.shape == slots[0].shape]
+        chosen = of_shape[: max(1, int(self.cap / self._cost(slots[0])))] if slots else []
+        return [slot for slot in self._came if slot in chosen]
+
+    def _cost(self, slot: Slot) -> float:
         """Return how much of `cap` a slot takes: its pixels in pictures of the native size."""
         side = self.engine.backbone.unet.config["sample_size"]
         return slot.latents[0, 0].numel() / side**2
-
-    def _admit(self) -> None:
-        """Let slots in as long as they fit; one that is larger than `cap` goes alone."""
-        held = sum(map(self.cost, self.active))
-        while self.waiting and (not self.active or held + self.cost(self.waiting[0]) <= self.cap):
-            held += self.cost(self.waiting[0])
-            self.active.append(self.waiting.popleft())
-        shapes = {slot.shape for slot in self.active}
-        self._turns = deque(shape for shape in self._turns if shape in shapes)
-        self._turns.extend(shape for shape in dict.fromkeys(s.shape for s in self.active) if shape not in self._turns)
 
     def _one_by_one(self, slots: Sequence[Slot]) -> list[tuple[Slot, Exception]]:
         """Take each slot a step further alone; return those that failed."""

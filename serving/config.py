@@ -79,6 +79,10 @@ class ServingConfig:
     dtype: str = "float32"
     # "cpu", "cuda"; None = a GPU when num_gpus is set
     device: str | None = None
+    # torch.compile the UNet: faster steps after a start of minutes; needs a C++ compiler on a CPU
+    compile: bool = False
+    # keep the weights of convolutions, and what goes through them, with channels last: faster on tensor cores
+    channels_last: bool = False
     # replicas that are always there, and how far the autoscaler goes under load
     min_replicas: int = 1
     max_replicas: int = 1

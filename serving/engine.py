@@ -89,9 +89,12 @@ class Engine:
         image_encoder: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> Engine:
         """Return an engine for an adapter or run folder on `base`, by default the base that the adapter's config names.
 
+        `channels_last` and `compile` make steps faster where they pay, and change pictures by float noise only.
         FileNotFoundError when something is absent, AdapterError when the adapter is damaged or was trained on a base
         with other weights. A bare published .safetensors file names no base, so `base` is needed and nothing compared.
         """
@@ -101,8 +104,19 @@ class Engine:
             raise ValueError(f"Adapter {adapter} names no base. Give it: base=/absolute/folder or base=owner/name.")
         backbone = load_backbone(base, image_encoder=image_encoder, dtype=dtype, device=device)
         engine = cls(backbone, {})
+        engine.quicken(channels_last=channels_last, compile=compile)
         engine.add(ONLY, engine.read_adapter(adapter))
         return engine
+
+    def quicken(self, *, channels_last: bool = False, compile: bool = False) -> None:
+        """Lay out the UNet's convolutions with channels last, compile it: each first step of a new shape takes longer.
+
+        A compiled UNet takes any number of slots of a shape; torch compiles it anew for each of the first sizes.
+        """
+        if channels_last:
+            self.backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            self.backbone.unet.compile()
 
     def read_adapter(self, adapter: str) -> Adapter:
         """Return the adapter of a folder or file. AdapterError when it was trained on a base with other weights."""

@@ -174,14 +174,15 @@ class Worker:
         """Step through what there is, for ever."""
         try:
             while True:
-                if not (self.batcher.active or self.batcher.waiting):
+                if not self.batcher:
                     self._inbox.get()()
                 while not self._inbox.empty():
                     self._inbox.get()()
                 begun = time.perf_counter()
                 slots, failed = self.batcher.step()
                 if slots:
-                    self._watch(len(slots), len(self.batcher.waiting), time.perf_counter() - begun)
+                    waiting = len(self.batcher) - sum(bool(slot.timesteps) for slot in slots)
+                    self._watch(len(slots), waiting, time.perf_counter() - begun)
                 for slot, error in failed:
                     if id(slot) in self._running:  # its job has not failed by another slot
                         self._fail(self._running[id(slot)], error)

@@ -103,7 +103,7 @@ def test_twenty_random_recipes_with_strangers_or_alone_are_the_pictures_of_stock
     for slot in slots:  # they come while others are on their way
         batcher.add([slot])
         sizes.append(len(batcher.step()[0]))
-    while done < 1000 and (batcher.active or batcher.waiting):
+    while done < 1000 and batcher:
         sizes.append(len(batcher.step()[0]))
         done += 1
     assert max(sizes) > 2
@@ -164,7 +164,7 @@ def test_texts_and_references_are_encoded_once(engine: Engine, monkeypatch: pyte
     for _ in range(2):
         engine.infer(Recipe(prompt="a cat", reference=sketch(1), num_inference_steps=2, n=2))
     engine.slot(Recipe(prompt="a dog", reference=sketch(2)))
-    assert encoded == ["picture", "", "a cat", "picture", "a dog"]
+    assert encoded == ["", "a cat", "picture", "a dog", "picture"]
     engine.slot(Recipe(prompt="a dog", reference=sketch(2)), adapter="two")
     assert encoded[5:] == ["picture"]  # the reference means something else to another adapter; the text doesn't
 
@@ -188,24 +188,55 @@ def slots_of(engine: Engine, count: int, **fields: object) -> list[Slot]:
     return [engine.slot(Recipe(prompt="a cat", seed=i, **fields)) for i in range(count)]  # type: ignore[arg-type]
 
 
-def test_shapes_take_turns_and_nobody_overtakes(engine: Engine) -> None:
-    batcher = Batcher(engine, cap=3)
-    small, wide = slots_of(engine, 2, num_inference_steps=4), slots_of(engine, 1, num_inference_steps=4, size=(96, 64))
-    late = slots_of(engine, 1, num_inference_steps=1)
-    batcher.add(
-        [*small, *wide, *late]
-    )  # 1 + 1 + 1.5 pictures: the wide one does not fit yet, and the late one is behind
-    order = []
-    while batcher.active or batcher.waiting:
+def drawn(batcher: Batcher, names: dict[Slot, str], clock: list[float]) -> str:
+    """Return who was in each step; a step takes a second."""
+    steps = []
+    while batcher:
         slots, failed = batcher.step()
         assert not failed
-        order.append("".join("w" if s in wide else "l" if s in late else "s" for s in slots))
-    assert order == ["ss", "ss", "ss", "ss", "l", "w", "w", "w", "w"]
-    batcher = Batcher(engine, cap=8)
-    batcher.add(
-        [*slots_of(engine, 5, num_inference_steps=9), *slots_of(engine, 1, num_inference_steps=2, size=(96, 64))]
+        clock[0] += 1
+        steps.append("".join(names[slot] for slot in slots))
+    return " ".join(steps)
+
+
+def test_pictures_of_one_shape_share_steps_and_a_full_batch_is_left_in_the_order_of_coming(engine: Engine) -> None:
+    clock = [0.0]
+    batcher = Batcher(engine, cap=3, clock=lambda: clock[0])
+    slots = dict(zip(slots_of(engine, 5, num_inference_steps=3), "abcde", strict=True))
+    batcher.add(list(slots))
+    assert drawn(batcher, slots, clock) == "abc abc abc de de de"
+
+
+def test_a_step_is_for_who_has_waited_longest_for_its_size(engine: Engine) -> None:
+    clock = [0.0]
+    batcher = Batcher(engine, cap=4, clock=lambda: clock[0])
+    (long,), (wide,) = (
+        slots_of(engine, 1, num_inference_steps=12),
+        slots_of(engine, 1, num_inference_steps=2, size=(96, 64)),
     )
-    assert [len(batcher.step()[0]) for _ in range(6)] == [5, 1, 5, 1, 5, 5]
+    late = slots_of(engine, 1, num_inference_steps=3)[0]
+    names = {long: "L", wide: "w", late: "s"}
+    batcher.add([long])
+    batcher.step()
+    clock[0] = 1.0
+    batcher.add([wide])
+    batcher.step()  # who has just come has not waited
+    clock[0] = 2.0
+    batcher.add([late])
+    # a second is a third of the wide one's three units of work, but two are a sixth of the long one's twelve
+    assert drawn(batcher, names, clock) == "w w Ls Ls Ls L L L L L L L"
+
+
+def test_nobody_starves_behind_others_that_keep_coming(engine: Engine) -> None:
+    clock = [0.0]
+    batcher = Batcher(engine, cap=1, clock=lambda: clock[0])
+    (large,) = slots_of(engine, 1, num_inference_steps=4, size=(96, 64))
+    batcher.add([large])
+    for _ in range(40):
+        batcher.add(slots_of(engine, 1, num_inference_steps=1))  # one a second, and the engine takes one step in it
+        batcher.step()
+        clock[0] += 1
+    assert not large.timesteps
 
 
 def test_one_larger_than_the_cap_goes_alone(engine: Engine) -> None:
@@ -231,7 +262,7 @@ def test_one_poisoned_slot_fails_alone(engine: Engine, monkeypatch: pytest.Monke
     batcher = Batcher(engine, cap=4)
     batcher.add(slots)
     failures = []
-    while batcher.active or batcher.waiting:
+    while batcher:
         failures += batcher.step()[1]
     assert [(slot, str(error)) for slot, error in failures] == [(slots[1], "poison")]
     assert [slot.done for slot in slots] == [3, 1, 3]
@@ -383,6 +414,6 @@ def test_a_reader_that_stops_after_the_first_event_costs_nothing(engine: Engine)
         async with contextlib.aclosing(worker.generate(Job(recipe=recipe(num_inference_steps=999)))) as events:
             await anext(events)
         await collected(worker, Job(recipe=recipe(num_inference_steps=1)))
-        return len(worker.batcher.active) + len(worker.batcher.waiting)
+        return len(worker.batcher)
 
     assert asyncio.run(main()) == 0
