@@ -1,109 +1,139 @@
-"""How many requests a second a server takes with short waits: ours, and Ray Serve's own batching over the same sampler.
+"""How many requests a second a replica takes with short waits: ours, and Ray Serve's batching over the same sampler.
 
-Requests of mixed steps and sizes come at random (Poisson). The capacity is the highest rate at which 95 of 100 are
-answered within three times the mean time that the same requests take alone.
+Requests of mixed steps and sizes come at random (Poisson), the same ones at the same times on both sides. The capacity
+is the highest rate at which 95 of 100 are answered within three times what they take alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
+from factory.session import ray_session
 from serving.batcher import best_cap, step_seconds
-from serving.engine import ONLY, Engine
+from serving.engine import ONLY, Engine, Slot
 from serving.recipe import Recipe
 from serving.worker import Job, Worker
 from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO
 
-REQUESTS = 60  # of a trial
-LONGEST, GROWTH = 3.0, 1.15  # times the unloaded time; a rate after the one before
-Draw = Callable[[Recipe], Awaitable[object]]
+REQUESTS = 40  # of a trial
+LONGEST, FIRST, GROWTH = 3.0, 0.4, 1.15  # times the unloaded time; load of the first trial; a trial to the next
+
+REPLICA = {
+    "max_ongoing_requests": 1000,
+    "ray_actor_options": {"num_cpus": 1},
+    "logging_config": {"log_level": "WARNING"},
+}
+
+
+class Counting:
+    """An engine on the micro base that counts the pictures of its steps."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        base = load_backbone(str(MICRO))
+        self.engine = Engine(base, new_adapter(base))
+        self.seconds = step_seconds(self.engine, ONLY, 16)
+        self.counts: list[int] = []
+        step = self.engine.step
+
+        def counted(slots: list[Slot]) -> None:
+            self.counts.append(len(slots))
+            step(slots)
+
+        self.engine.step = counted  # type: ignore[method-assign,assignment]
+
+    def told(self) -> tuple[dict[int, float], float]:
+        """Return the seconds of a step by pictures in it, and the mean pictures of steps since it was last asked."""
+        counts, self.counts[:] = list(self.counts), []
+        return self.seconds, float(np.mean(counts)) if counts else 0.0
+
+
+@serve.deployment(**REPLICA)
+class Ours(Counting):
+    """The server's worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker = Worker(self.engine, "bench", cap=best_cap(self.seconds))
+
+    async def draw(self, recipe: Recipe) -> None:
+        """Draw one request."""
+        async for _ in self.worker.generate(Job(recipe=recipe)):
+            pass
+
+
+@serve.deployment(**REPLICA)
+class Batched(Counting):
+    """`@serve.batch`: at most eight requests at a time, each batch drawn to its end, one size after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = ThreadPoolExecutor(1)
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.05)
+    async def draw(self, recipes: list[Recipe]) -> list[int]:
+        """Draw a batch of requests."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self._draw, recipes)
+
+    def _draw(self, recipes: list[Recipe]) -> list[int]:
+        slots = [self.engine.slot(recipe) for recipe in recipes]
+        for shape in dict.fromkeys(slot.shape for slot in slots):
+            while going := [slot for slot in slots if slot.shape == shape and slot.timesteps]:
+                self.engine.step(going)
+        return [len(self.engine.picture(slot).tobytes()) for slot in slots]
 
 
 def capacity() -> Iterator[str]:
     """Yield a table of trials, rate by rate, and the capacities."""
-    torch.set_num_threads(1)  # one core to draw on, one to ask from
-    base = load_backbone(str(MICRO))
-    engine = Engine(base, new_adapter(base))
-    seconds = step_seconds(engine, ONLY, 16)
-    cap = best_cap(seconds)
-    measured = ", ".join(f"{count}: {taken:.4f}" for count, taken in seconds.items())
-    yield f"Seconds of a step by pictures in it: {measured}; at most {cap} at a time."
-    yield ""
-    ours, peer = Ours(engine, cap), Peer(engine)
-    alone = asyncio.run(unloaded(ours))
-    yield f"Alone, a request takes {alone:.3f} s (mean of {REQUESTS // 3})."
-    yield ""
-    yield "| side | requests/s | median | 95 % within | pictures in a step |"
-    yield "|---|---|---|---|---|"
-    best: dict[str, float] = {}
-    for side in (ours, peer):
-        rate = 0.4 / alone
-        while True:
-            times, occupancy = asyncio.run(trial(side, rate))
-            p95 = float(np.quantile(times, 0.95)) / alone
-            yield f"| {side.name} | {rate:.2f} | {np.median(times) / alone:.2f} | {p95:.2f} | {occupancy:.2f} |"
-            if p95 > LONGEST:
-                break
-            best[side.name] = rate
-            rate *= GROWTH
-    yield ""
-    most, peers = best[ours.name], best[peer.name]
-    yield f"Capacity: {most:.2f} against {peers:.2f} requests/s, {most / peers:.2f} times."
-
-
-class Ours:
-    """The server's worker."""
-
-    name = "ours"
-
-    def __init__(self, engine: Engine, cap: int) -> None:
-        self.engine, self.cap = engine, cap
-
-    def open(self) -> Draw:
-        """Return what draws a recipe, on the running loop."""
-        worker = Worker(self.engine, "bench", cap=self.cap)
-
-        async def draw(recipe: Recipe) -> None:
-            async for _ in worker.generate(Job(recipe=recipe)):
-                pass
-
-        return draw
-
-
-class Peer:
-    """`@serve.batch`: at most eight requests at a time, each batch drawn to its end, sizes one after the other."""
-
-    name = "@serve.batch"
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.pool = ThreadPoolExecutor(1)
-
-    def open(self) -> Draw:
-        """Return what draws a recipe, on the running loop."""
-
-        @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.05)
-        async def draw(recipes: list[Recipe]) -> list[object]:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, self._draw, recipes)
-
-        return draw  # type: ignore[return-value]
-
-    def _draw(self, recipes: list[Recipe]) -> list[object]:
-        slots = [self.engine.slot(recipe) for recipe in recipes]
-        for shape in {slot.shape for slot in slots}:
-            while going := [slot for slot in slots if slot.shape == shape and slot.timesteps]:
-                self.engine.step(going)
-        return [self.engine.picture(slot).tobytes() for slot in slots]
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with ray_session(3):
+        sides = {
+            name: serve.run(deployment.bind(), name=deployment.name, route_prefix=None)
+            for name, deployment in (("ours", Ours), ("@serve.batch", Batched))
+        }
+        alone = asyncio.run(unloaded(sides["ours"]))
+        for name, side in sides.items():
+            seconds, _ = side.told.remote().result()
+            measured = ", ".join(f"{count}: {taken:.4f}" for count, taken in seconds.items())
+            yield f"Seconds of a step by pictures in it, {name}: {measured}; ours takes {best_cap(seconds)} at most."
+            yield ""
+        yield f"Alone, the {REQUESTS} requests take {alone.mean():.3f} s ({alone.min():.3f} to {alone.max():.3f})."
+        yield ""
+        yield "| side | requests/s | 95 % within, times its own alone | times the mean | median | pictures a step |"
+        yield "|---|---|---|---|---|---|"
+        best: dict[str, list[float]] = {}
+        for name, side in sides.items():
+            best[name] = [0.0, 0.0]
+            up = True
+            power = 0
+            while up or (min(best[name]) == 0 and power > -12):  # up to where both are broken, then down if need be
+                rate = FIRST * GROWTH**power / alone.mean()
+                times, pictures = asyncio.run(trial(side, rate))
+                own, mean = np.quantile(times / alone, 0.95), np.quantile(times, 0.95) / alone.mean()
+                middle = np.median(times / alone)
+                yield f"| {name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {middle:.2f} | {pictures:.2f} |"
+                for measure, worst in enumerate((own, mean)):
+                    if worst <= LONGEST:
+                        best[name][measure] = max(best[name][measure], rate)
+                if up and min(own, mean) > LONGEST:
+                    up, power = False, 0
+                power += 1 if up else -1
+        yield ""
+        for what, ours, peers in zip(("its own time", "the mean time"), *best.values(), strict=True):
+            yield f"Capacity, of {what} alone: {ours:.3f} against {peers:.3f} requests/s, {ours / peers:.2f} times."
+        serve.shutdown()
 
 
 def requests() -> list[Recipe]:
@@ -121,38 +151,30 @@ def requests() -> list[Recipe]:
     ]
 
 
-async def unloaded(side: Ours) -> float:
-    """Return the mean seconds of a request that is alone."""
-    draw, recipes = side.open(), requests()[: REQUESTS // 3]
-    await draw(recipes[0])
-    begun = time.perf_counter()
-    for recipe in recipes:
-        await draw(recipe)
-    return (time.perf_counter() - begun) / len(recipes)
+async def unloaded(side: DeploymentHandle) -> np.ndarray:
+    """Return the seconds of each request when it is alone."""
+    times, recipes = [], requests()
+    for recipe in (recipes[0], *recipes):
+        begun = time.perf_counter()
+        await side.draw.remote(recipe)
+        times.append(time.perf_counter() - begun)
+    return np.array(times[1:])
 
 
-async def trial(side: Ours | Peer, rate: float) -> tuple[list[float], float]:
+async def trial(side: DeploymentHandle, rate: float) -> tuple[np.ndarray, float]:
     """Return the seconds of each request where `rate` of them come in a second, and the mean pictures in a step."""
-    draw, rng, sizes = side.open(), random.Random(1), []
-    step = side.engine.step
-
-    def counted(slots: list) -> None:
-        sizes.append(len(slots))
-        step(slots)
+    rng, at, asked = random.Random(1), 0.0, []
+    await side.told.remote()
 
     async def ask(recipe: Recipe, after: float) -> float:
         await asyncio.sleep(after)
         begun = time.perf_counter()
-        await draw(recipe)
+        await side.draw.remote(recipe)
         return time.perf_counter() - begun
 
-    at, asked = 0.0, []
     for recipe in requests():
         at += rng.expovariate(rate)
         asked.append(ask(recipe, at))
-    side.engine.step = counted  # type: ignore[method-assign]
-    try:
-        times = await asyncio.gather(*asked)
-    finally:
-        side.engine.step = step  # type: ignore[method-assign]
-    return list(times), float(np.mean(sizes))
+    times = await asyncio.gather(*asked)
+    _, pictures = await side.told.remote()
+    return np.array(times), pictures
