@@ -136,7 +136,7 @@ async function draw(body, figures, signal) {
       }
       tell("Asking again…");
     });
-    for (const one of figures) one.state("waiting", "begun");
+    for (const one of figures) one.state("waiting", "drawing");
     tell("Drawing…");
     for await (const event of events(reply)) {
       if (event.type === "error") throw new Error(event.error.message);
@@ -163,7 +163,7 @@ $("form").onsubmit = async (event) => {
   lay(figures[0].flatMap((_, i) => figures.map((row) => row[i])), asked.length > 1 || asked[0].n > 1 ? 2 : 1);
   $("generate").hidden = true; $("stop").hidden = false; tell("Asking the server…");
   if (focused) $("stop").focus();
-  if ($("stage").getBoundingClientRect().top > innerHeight) $("stage").scrollIntoView({ block: "nearest" });
+  if (matchMedia("(max-width: 60rem)").matches) $("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
   const ends = await Promise.allSettled(asked.map((body, i) => draw(body, figures[i], signal)));
   const wrong = ends.find((one) => one.reason)?.reason.message, warnings = new Set(ends.flatMap((one) => one.value ?? []));
   if (signal.aborted) tell("Stopped.");
