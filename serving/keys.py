@@ -56,8 +56,8 @@ def find_key(authorization: str, digests: frozenset[str]) -> str | None:
 def is_foreign(method: str, headers: Mapping[str, str]) -> bool:
     """Say whether a browser sends its password along for a page of another site (CSRF).
 
-    To follow a link is not that. Browsers say for which page they ask over HTTPS and on loopback (`Sec-Fetch-Site`); over
-    plain HTTP they name the page's origin with all that is no GET. `headers` have names in any case, as Starlette's.
+    To follow a link is not that. Browsers say over HTTPS and on loopback for which page they ask (`Sec-Fetch-Site`);
+    over plain HTTP they name the page's origin with all that is no GET. `headers` are Starlette's: of any case.
     """
     if not headers.get("authorization", "").lower().startswith("basic "):
         return False

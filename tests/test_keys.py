@@ -36,7 +36,8 @@ def test_with_keys_every_route_but_health_needs_one() -> None:
     digests = frozenset({hashlib.sha256(b"right").hexdigest()})
     wrong = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}, {"Authorization": "right"},
              {"Authorization": "Bearer "}, {"Authorization": f"Bearer {next(iter(digests))}"},
-             {"Authorization": b"Bearer \xff\xfe"}, basic("x", "wrong"), basic("right", ""), basic("right")]  # fmt: skip
+             {"Authorization": b"Bearer \xff\xfe"}, basic("x", "wrong"), basic("right", ""),
+             basic("right")]  # fmt: skip
     routes = [("POST", GENERATIONS), ("POST", EDITS), ("GET", "/v1/models"), ("GET", "/docs"), ("GET", "/openapi.json"),
               ("GET", "/metrics"), ("GET", "/nowhere")]  # fmt: skip
     for headers in wrong:

@@ -1,7 +1,8 @@
 // The sheet: a list of deeds (strokes, pictures, clearings), so that each can be undone and done again.
 const sheet = (() => {
   const canvas = $("canvas"), ink = canvas.getContext("2d"), side = canvas.width;
-  const STEADY = 0.55;  // how much of the way to the hand the pen goes at each point: lower is smoother and lags more
+  // How much of the way to the hand the pen goes: less where it creeps, which steadies it, and all where it flies.
+  const follow = (distance) => Math.min(1, 0.4 + distance / 40);
   let deeds = [], undone = [], stroke = null, eraser = false;
 
   const blank = () => { ink.fillStyle = "#fff"; ink.fillRect(0, 0, side, side); };
@@ -49,9 +50,10 @@ const sheet = (() => {
     const width = $("width").valueAsNumber * (stroke.eraser ? 4 : pressed);
     return { x: (event.clientX - box.left) * scale, y: (event.clientY - box.top) * scale, width };
   }
-  function reach(point, steady, last = false) {
+  function reach(point, last = false) {
     const { points } = stroke, before = points.at(-1);
-    const toward = (name) => before[name] + (point[name] - before[name]) * steady;
+    const share = !before || last ? 1 : follow(Math.hypot(point.x - before.x, point.y - before.y));
+    const toward = (name) => before[name] + (point[name] - before[name]) * share;
     const next = before ? { x: toward("x"), y: toward("y"), width: toward("width") } : point;
     if (before && !last && Math.hypot(next.x - before.x, next.y - before.y) < 0.7) return;
     points.push(next);
@@ -62,17 +64,17 @@ const sheet = (() => {
     canvas.setPointerCapture(event.pointerId);
     stroke = { id: event.pointerId, points: [], eraser: eraser || event.button === 5 };
     stroke.colour = stroke.eraser ? "#fff" : "#161412";
-    reach(at(event), 1);
+    reach(at(event));
   });
   canvas.addEventListener("pointermove", (event) => {
     if (event.pointerId !== stroke?.id) return;
     const seen = event.getCoalescedEvents?.() ?? [];
-    for (const one of seen.length ? seen : [event]) reach(at(one), STEADY);
+    for (const one of seen.length ? seen : [event]) reach(at(one));
     if (!stroke.eraser) $("hint").hidden = true;
   });
   function end(event) {
     if (event.pointerId !== stroke?.id) return;
-    if (stroke.points.length > 1) reach(at(event), 1, true);
+    if (stroke.points.length > 1) reach(at(event), true);
     add(stroke); stroke = null; changed();
   }
   canvas.addEventListener("pointerup", end);
