@@ -143,8 +143,8 @@ def visit(chromium: Any) -> Iterator[Any]:
     """A call that opens the studio of a server in a fresh profile. It may complain of nothing but answers of 4xx."""
     contexts, complaints = [], []
 
-    def opened(url: str, **options: Any) -> Page:
-        context = chromium.new_context(viewport={"width": 1280, "height": 900}, **options)
+    def opened(url: str, key: str = "") -> Page:
+        context = chromium.new_context(viewport={"width": 1280, "height": 900})
         contexts.append(context)
         context.set_default_timeout(20_000)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -152,7 +152,7 @@ def visit(chromium: Any) -> Iterator[Any]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
         page.on("request", lambda asked: asked.url.startswith((url, "data:", "blob:")) or complaints.append(asked.url))
-        page.goto(f"{url}/studio")
+        page.goto(f"{url}/studio".replace("//", f"//anybody:{key}@") if key else f"{url}/studio")
         until(page, "document.getElementById('model').options.length")
         page.wait_for_timeout(50)
         page.evaluate(WATCH)
@@ -190,9 +190,9 @@ def circle(points: int = 24) -> list[tuple[float, float]]:
     return [(0.5 + 0.3 * math.cos(turn), 0.5 + 0.3 * math.sin(turn)) for turn in turns]
 
 
-def sheet(page: Page) -> np.ndarray:
+def sheet(page: Page, mode: str = "L") -> np.ndarray:
     """The sketch as the server would get it: (768, 768), dark where there is ink."""
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(page.evaluate("sheet.png()")))).convert("L"))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(page.evaluate("sheet.png()")))).convert(mode))
 
 
 def generate(page: Page, **fields: Any) -> None:
@@ -247,7 +247,7 @@ def test_a_sketch_gives_a_picture_through_previews(visit: Any, server: str) -> N
     recipe = read_recipe(Image.open(io.BytesIO(mine)))
     assert asked.items() <= recipe.items()
     assert recipe["guidance_scale"] == float(page.locator("#guidance").input_value())
-    assert recipe["reference_sha256"] == hashlib.sha256(np.repeat(sheet(page), 3).tobytes()).hexdigest()
+    assert recipe["reference_sha256"] == hashlib.sha256(sheet(page, "RGB").tobytes()).hexdigest()
 
 
 def test_the_sheet_undoes_rubs_out_and_takes_pictures(visit: Any, server: str, tmp_path: Path) -> None:
@@ -368,7 +368,8 @@ def test_copied_code_draws_the_same_pictures(visit: Any, server: str, tmp_path: 
         assert (ran.returncode, ran.stdout.split()) == (0, names), ran.stderr
         for name, drawn in zip(names, shown(page).values(), strict=True):
             assert same((tmp_path / name).read_bytes(), drawn)
-        assert read_recipe(Image.open(tmp_path / names[0]))["prompt"] == prompt
+        recipe = read_recipe(Image.open(io.BytesIO((tmp_path / names[0]).read_bytes())))
+        assert (recipe["prompt"], recipe["negative_prompt"]) == (prompt, "<hat")
 
 
 def test_what_goes_wrong_is_told_in_words(visit: Any, tmp_path: Path) -> None:
@@ -383,11 +384,20 @@ def test_what_goes_wrong_is_told_in_words(visit: Any, tmp_path: Path) -> None:
     keys = {hashlib.sha256(b"right").hexdigest()}
     with serving(create_api(config, backend, keys)) as url:  # type: ignore[arg-type]
         assert httpx.get(f"{url}/studio").headers["WWW-Authenticate"] == 'Basic realm="AnimeSketch"'
-        page = visit(url, http_credentials={"username": "", "password": "right", "send": "unauthorized"})
-        generate(page)
+        page = visit(url, key="right")
+        generate(page, other="own")
         assert told(page).startswith("Done in ")
+        assert "without a sketch, adapters have no say" in told(page)
         page.get_by_role("button", name="Copy as Python").click()
         expect(page.locator("#code")).to_contain_text('api_key=os.environ["ANIMESKETCH_KEY"]')
+        page.get_by_role("button", name="Copy as curl").click()
+        expect(page.locator("#code")).to_contain_text("curl")
+        for key, said in (("right", "stdout"), ("wrong", "stderr")):
+            ran = subprocess.run(
+                ["bash", "-c", page.locator("#code").text_content() or ""], cwd=tmp_path, capture_output=True, text=True,
+                env={**os.environ, "ANIMESKETCH_KEY": key}, timeout=60, check=False,
+            )  # fmt: skip
+            assert ("animesketch" if key == "right" else "A valid key is needed") in getattr(ran, said), ran
 
         backend.fail = Busy()
         page.get_by_role("button", name="Generate").click()

@@ -1,12 +1,13 @@
 // The history: recipes with their pictures, the newest KEPT of them, in this browser's IndexedDB.
 const past = (() => {
-  const KEPT = 60, list = $("history");
+  const KEPT = 48, list = $("history");
   const settled = (asked) => new Promise((yes, no) => { asked.onsuccess = () => yes(asked.result); asked.onerror = () => no(asked.error); });
-  const database = (() => {
+  const database = (async () => {  // a browser may refuse: told where it is used
     const asked = indexedDB.open("animesketch", 1);
     asked.onupgradeneeded = () => asked.result.createObjectStore("pictures", { autoIncrement: true });
     return settled(asked);
   })();
+  database.catch(() => null);
   const store = async (mode) => (await database).transaction("pictures", mode).objectStore("pictures");
 
   function put(item) {

@@ -1,4 +1,5 @@
 // The page: what is asked, what comes, and what is told of it.
+const HERE = location.origin + location.pathname.replace(/[^/]*$/, "");  // without the key that an address may carry
 const ATTEMPTS = 20, PARTIALS = 3, DRAFT = "animesketch-draft";
 const FIELDS = { prompt: "prompt", negative_prompt: "negative", adapter_scale: "alpha", guidance_scale: "guidance",
   num_inference_steps: "steps", size: "size", model: "model" };
@@ -15,7 +16,7 @@ function words(recipe) {
   const weight = recipe.image ? `sketch weight ${recipe.adapter_scale}, adapter ${recipe.model}` : "no sketch";
   return `${recipe.prompt}; ${weight}, guidance ${recipe.guidance_scale}, ${recipe.num_inference_steps} steps, seed ${recipe.seed}`;
 }
-function label(recipe) { return recipe.image ? recipe.model : sheet.drawn() || $("other").value ? "no sketch" : recipe.model; }
+function label(recipe) { return recipe.image ? recipe.model : "no sketch"; }
 
 // ---- what is asked
 function set(id, value) {
@@ -40,7 +41,7 @@ function requests() {
   if ($("size").value) body.size = $("size").value;
   body.num_inference_steps = $("steps").valueAsNumber; body.guidance_scale = $("guidance").valueAsNumber;
   body.seed = $("seed").value === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : $("seed").valueAsNumber;
-  if (!sheet.drawn()) return [body];  // the adapter has no say: comparing two would show one picture twice
+  if (!sheet.drawn()) return [body];
   const drawn = { ...body, adapter_scale: $("alpha").valueAsNumber, image: sheet.png() }, other = $("other").value;
   if (!other || other === body.model) return [drawn];
   return [drawn, other === "/none" ? body : { ...drawn, model: other }];
@@ -55,7 +56,7 @@ async function refusal(reply) {
 }
 async function send(body, signal, waits) {
   for (let attempt = 1; ; attempt++) {
-    const reply = await fetch("v1/images/generations", {
+    const reply = await fetch(`${HERE}v1/images/generations`, {
       method: "POST", headers: { "Content-Type": "application/json" }, signal,
       body: JSON.stringify({ ...body, stream: true, partial_images: PARTIALS }),
     }).catch((error) => {
@@ -86,8 +87,8 @@ function pause(seconds, signal) {
 }
 
 // ---- pictures
-function figure(recipe, name) {
-  const made = document.createElement("figure"), [width, height] = (recipe.size ?? "1x1").split("x");
+function figure(recipe) {
+  const made = document.createElement("figure"), name = label(recipe), [width, height] = (recipe.size ?? "1x1").split("x");
   made.innerHTML = '<div class="frame"><div class="bar"></div></div><figcaption><b></b><span class="state" aria-hidden="true"></span>' +
     '<button type="button"></button><a>Save</a></figcaption>';
   made.style.setProperty("--shape", width / height);
@@ -110,6 +111,7 @@ function figure(recipe, name) {
       if (share < 1) return show.state("partial", `preview ${Math.round(share * (PARTIALS + 1))} of ${PARTIALS}`);
       show.state("done", "");
       save.hidden = false; save.href = image.src; save.download = `${code.title(recipe)}-${recipe.seed}.${format}`;
+      save.ariaLabel = `Save ${save.download}`;
     },
     fail(text, state = "failed") {
       show.state(state, state);
@@ -159,7 +161,7 @@ $("form").onsubmit = async (event) => {
   asked = requests();
   running = new AbortController();
   const { signal } = running, begun = performance.now(), focused = document.activeElement === $("generate");
-  const figures = asked.map((body) => Array.from({ length: body.n }, (_, i) => figure({ ...body, seed: body.seed + i }, label(body))));
+  const figures = asked.map((body) => Array.from({ length: body.n }, (_, i) => figure({ ...body, seed: body.seed + i })));
   lay(figures[0].flatMap((_, i) => figures.map((row) => row[i])), asked.length > 1 || asked[0].n > 1 ? 2 : 1);
   $("generate").hidden = true; $("stop").hidden = false; tell("Asking the server…");
   if (focused) $("stop").focus();
@@ -168,7 +170,10 @@ $("form").onsubmit = async (event) => {
   const wrong = ends.find((one) => one.reason)?.reason.message, warnings = new Set(ends.flatMap((one) => one.value ?? []));
   if (signal.aborted) tell("Stopped.");
   else if (wrong) tell(wrong, true);
-  else tell([`Done in ${((performance.now() - begun) / 1000).toFixed(1)} s.`, ...warnings].join(" "));
+  else {
+    if ($("other").value && !asked[0].image) warnings.add("Nothing to compare: without a sketch, adapters have no say.");
+    tell([`Done in ${((performance.now() - begun) / 1000).toFixed(1)} s.`, ...warnings].join(" "));
+  }
   const again = document.activeElement === $("stop");
   running = null; $("generate").hidden = false; $("stop").hidden = true;
   if (again) $("generate").focus();
@@ -186,7 +191,7 @@ async function again({ recipe, picture: base64 }) {
   set("seed", recipe.seed); set("count", 1); set("other", "");
   await sheet.set(recipe.image);
   asked = [recipe];
-  const one = figure(recipe, recipe.image ? recipe.model : "no sketch");
+  const one = figure(recipe);
   lay([one], 1);
   await one.picture(base64, "png", 1);
   if (here) tell("Its sketch and settings are here again: Generate gives the same picture.");
@@ -213,7 +218,7 @@ for (const kind of ["curl", "python"]) {
 // ---- the adapters, which come and go, and what was on the page when it was closed
 async function models() {
   try {
-    const reply = await fetch("v1/models");
+    const reply = await fetch(`${HERE}v1/models`);
     if (!reply.ok) throw new Error(await refusal(reply));
     const { data } = await reply.json(), names = data.map((model) => model.id), [{ base, native_size, random_weights }] = data;
     for (const [select, first] of [[$("model"), []], [$("other"), [["nothing", ""], ["no sketch", "/none"]]]]) {
@@ -236,17 +241,18 @@ function keepDraft() {
   clearTimeout(draftTimer);
   draftTimer = setTimeout(() => {
     const fields = Object.fromEntries([...Object.values(FIELDS), "seed", "count", "width", "other"].map((id) => [id, $(id).value]));
-    try { localStorage.setItem(DRAFT, JSON.stringify({ fields, sketch: sheet.drawn() ? sheet.png() : null })); } catch { /* full: the draft is a courtesy */ }
+    try { localStorage.setItem(DRAFT, JSON.stringify({ fields, sketch: sheet.drawn() ? sheet.png() : null })); } catch { /* as below */ }
   }, 300);
 }
 (async () => {
   const base = await models();
-  const draft = JSON.parse(localStorage.getItem(DRAFT) ?? "null");
+  let draft = null;
+  try { draft = JSON.parse(localStorage.getItem(DRAFT)); } catch { /* a browser may refuse: the draft is a courtesy */ }
   for (const [id, value] of Object.entries(draft?.fields ?? {})) set(id, value);
   if (draft?.sketch) await sheet.set(draft.sketch);
   else sheet.canvas.dispatchEvent(new Event("drawn"));
   if (!draft && GUIDANCE[base]) set("guidance", GUIDANCE[base]);
   $("form").addEventListener("input", keepDraft);
-  addEventListener("focus", models);
-  keyed = (await fetch("v1/models", { credentials: "omit" }).catch(() => null))?.status === 401;
+  addEventListener("focus", () => running || models());
+  keyed = (await fetch(`${HERE}v1/models`, { credentials: "omit" }).catch(() => null))?.status === 401;
 })();
