@@ -91,7 +91,7 @@ function figure(recipe) {
   const made = document.createElement("figure"), name = label(recipe), [width, height] = (recipe.size ?? "1x1").split("x");
   made.innerHTML = '<div class="frame"><div class="bar"></div></div><figcaption><b></b><span class="state" aria-hidden="true"></span>' +
     '<button type="button"></button><a>Save</a></figcaption>';
-  made.style.setProperty("--shape", width / height);
+  $("stage").style.setProperty("--shape", width / height);
   made.dataset.seed = recipe.seed;
   const [frame, bar, save, keep] = [".frame", ".bar", "a", "button"].map((one) => made.querySelector(one));
   made.querySelector("b").textContent = name;
