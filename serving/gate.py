@@ -13,11 +13,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import Limits
-from serving.keys import find_key
+from serving.keys import find_key, is_foreign
 from serving.protocol import ApiError
 
 log = logging.getLogger("ray.serve")  # Serve's own logger, so that lines land in the replica's log
 OPEN = ("/health",)  # routes that need no key
+PAGES = ("/studio", "/docs")  # those that people open: their browser asks them for the key
 
 
 class Gate:
@@ -64,13 +65,17 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         if self.digests is not None and scope["path"] not in OPEN:
+            if is_foreign(scope["method"], headers):
+                raise ApiError(
+                    403, "A page of another site asked for this with your browser's password.", code="foreign_page"
+                )
             key = find_key(headers.get("authorization", ""), self.digests)
             if key is None:
                 raise ApiError(
                     401,
                     "A valid key is needed: send the header `Authorization: Bearer KEY`.",
                     code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
+                    headers={"WWW-Authenticate": 'Basic realm="AnimeSketch"' if scope["path"] in PAGES else "Bearer"},
                 )
             scope.setdefault("state", {})["key"] = key
         if headers.get("content-encoding", "identity").lower() != "identity":

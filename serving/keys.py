@@ -9,9 +9,12 @@ itself is stored nowhere. To make one and allow it:
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -38,8 +41,40 @@ def load_keys(path: str) -> frozenset[str]:
 
 
 def find_key(authorization: str, digests: frozenset[str]) -> str | None:
-    """Return the digest of the key in an `Authorization: Bearer KEY` header; None unless it is one of `digests`."""
+    """Return the digest of the key in an Authorization header; None unless it is one of `digests`.
+
+    The header is `Bearer KEY`, or what a browser makes of its password box: `Basic`, with the key as the password and
+    any user name.
+    """
     scheme, _, key = authorization.partition(" ")
-    digest = hashlib.sha256(key.strip().encode("utf-8", "surrogatepass")).hexdigest()
+    key = _password(key) if scheme.lower() == "basic" else key.strip()
+    digest = hashlib.sha256((key or "").encode("utf-8", "surrogatepass")).hexdigest()
     found = [hmac.compare_digest(digest, known) for known in digests]
-    return digest if scheme.lower() == "bearer" and any(found) else None
+    return digest if key and scheme.lower() in ("bearer", "basic") and any(found) else None
+
+
+def is_foreign(method: str, headers: Mapping[str, str]) -> bool:
+    """Say whether a browser sends its password along for a page of another site (CSRF).
+
+    To follow a link is not that. Browsers say over HTTPS and on loopback for which page they ask (`Sec-Fetch-Site`);
+    over plain HTTP they name the page's origin with all that is no GET. `headers` are Starlette's: of any case.
+    """
+    if not headers.get("authorization", "").lower().startswith("basic "):
+        return False
+    site = headers.get("sec-fetch-site")
+    if site is None:
+        origin = headers.get("origin")
+        return origin is not None and origin.partition("://")[2] != headers.get("host")
+    link = (
+        method == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    )
+    return site not in ("same-origin", "none") and not link
+
+
+def _password(text: str) -> str | None:
+    """Return the password in the base64 of `user:password`; None when it is none."""
+    try:
+        _, colon, password = base64.b64decode(text.strip(), validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        return None
+    return password if colon else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import hashlib
 from typing import Any
@@ -26,11 +27,17 @@ from tests.asking import (
 )
 
 
+def basic(*parts: str) -> dict[str, str]:
+    """The header that a browser makes of user name and password."""
+    return {"Authorization": f"Basic {base64.b64encode(':'.join(parts).encode()).decode()}"}
+
+
 def test_with_keys_every_route_but_health_needs_one() -> None:
     digests = frozenset({hashlib.sha256(b"right").hexdigest()})
     wrong = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}, {"Authorization": "right"},
              {"Authorization": "Bearer "}, {"Authorization": f"Bearer {next(iter(digests))}"},
-             {"Authorization": b"Bearer \xff\xfe"}]  # fmt: skip
+             {"Authorization": b"Bearer \xff\xfe"}, basic("x", "wrong"), basic("right", ""),
+             basic("right")]  # fmt: skip
     routes = [("POST", GENERATIONS), ("POST", EDITS), ("GET", "/v1/models"), ("GET", "/docs"), ("GET", "/openapi.json"),
               ("GET", "/metrics"), ("GET", "/nowhere")]  # fmt: skip
     for headers in wrong:
@@ -42,6 +49,45 @@ def test_with_keys_every_route_but_health_needs_one() -> None:
     # no key, no look at the body: the length is not even compared
     large = ask("POST", GENERATIONS, digests=digests, content=b"x" * 70_000, headers=JSON)
     assert large.status_code == 401
+
+
+def test_a_browser_is_asked_for_the_key_and_gives_it_as_a_password() -> None:
+    digests = frozenset({hashlib.sha256("ключ:1".encode()).hexdigest()})
+    key = basic("anybody", "ключ:1")
+    for path, asked in (("/studio", 'Basic realm="AnimeSketch"'), ("/docs", 'Basic realm="AnimeSketch"'),
+                        ("/v1/models", "Bearer"), (GENERATIONS, "Bearer")):  # fmt: skip
+        refused = ask("GET", path, digests=digests)
+        check_error(refused, 401, None, "invalid_api_key")
+        assert refused.headers["WWW-Authenticate"] == asked
+    for path in ("/studio", "/docs", "/v1/models", "/metrics"):
+        assert ask("GET", path, digests=digests, headers=key).status_code == 200
+    assert ask("POST", GENERATIONS, digests=digests, headers=key, json=GOOD).status_code == 200
+
+
+def test_a_page_of_another_site_cannot_use_the_browsers_password() -> None:
+    digests = frozenset({hashlib.sha256(b"right").hexdigest()})
+    key, bearer = basic("", "right"), {"Authorization": "Bearer right"}
+    link = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+    def status(method: str, *headers: dict[str, str]) -> int:
+        path, body = ("/studio", {}) if method == "GET" else (GENERATIONS, {"json": GOOD})
+        sent = {name: value for part in headers for name, value in part.items()}
+        return ask(method, path, digests=digests, headers=sent, **body).status_code
+
+    for site in ("cross-site", "same-site", "?"):
+        here = {"Sec-Fetch-Site": site}
+        assert status("POST", key, here) == 403
+        assert status("POST", key, here, link) == 403  # a form that sends itself
+        assert status("GET", key, here, {**link, "Sec-Fetch-Dest": "iframe"}) == 403
+        assert status("GET", key, here, link) == 200  # a link in a chat
+        assert status("POST", bearer, here) == 200  # no browser sends that by itself
+    for site in ("same-origin", "none"):
+        assert status("POST", key, {"Sec-Fetch-Site": site}) == 200
+    # over plain HTTP, browsers leave Sec-Fetch-Site out
+    for origin in ("http://evil.example", "null", "http://[", "http://test.evil.example"):
+        assert status("POST", key, {"Origin": origin}) == 403
+    assert status("POST", key, {"Origin": "http://test"}) == 200
+    assert status("POST", key) == 200  # curl
 
 
 def test_a_key_file_holds_digests_only(tmp_path: Any) -> None:
