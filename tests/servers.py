@@ -62,11 +62,12 @@ def processes(app: str, deployment: str) -> dict[str, int]:
     return found
 
 
-def pin(process: int, core: int) -> None:
-    """Have all threads of a process run on one core."""
-    for thread in os.listdir(f"/proc/{process}/task"):
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread), {core})
+def pin(process: int, *cores: int) -> None:
+    """Have all threads of a process, if it still runs, run on these cores alone."""
+    with contextlib.suppress(FileNotFoundError):
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), cores)
 
 
 def memory_mb(process: int) -> float:
