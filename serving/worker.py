@@ -114,7 +114,7 @@ class Worker:
         self._patience_s = patience_s
         self._watch = watch
         self.batcher = Batcher(engine, cap)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what to do before the next step
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # what to do before the next step
         self._running: dict[int, _Running] = {}  # by id of slot
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")  # in order, beside the next step
         self._stopped: Exception | None = None
@@ -152,6 +152,7 @@ class Worker:
                     raise event
                 yield event
         finally:
+            running.left = True
             self._inbox.put(lambda: self._leave(running))
 
     async def check(self) -> None:
@@ -251,6 +252,8 @@ class Worker:
     def _join(self, running: _Running) -> None:
         if self._stopped is not None:
             self._send(running, self._stopped)
+            return
+        if running.left:  # while it waited for the step in flight: nothing is encoded for it
             return
         recipe = running.job.recipe
         try:

@@ -338,6 +338,26 @@ def test_jobs_are_drawn_side_by_side_and_one_that_is_given_up_leaves_after_the_s
     assert taken == [[1], [1], [2, 3], [2, 3], [2, 3]]
 
 
+def test_a_job_that_is_given_up_before_it_begins_costs_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    step, slot, made = engine.step, engine.slot, []
+    monkeypatch.setattr(engine, "step", lambda slots: (begun.set(), go_on.wait(10), step(slots)))
+    monkeypatch.setattr(engine, "slot", lambda recipe, *how: (made.append(recipe.seed), slot(recipe, *how))[1])
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        first = asyncio.create_task(collected(worker, Job(recipe=recipe(seed=1, num_inference_steps=1))))
+        await asyncio.to_thread(begun.wait, 10)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collected(worker, Job(recipe=recipe(seed=2))), 0.05)
+        go_on.set()
+        await first
+        await collected(worker, Job(recipe=recipe(seed=3, num_inference_steps=1)))
+
+    asyncio.run(main())
+    assert made == [1, 3]
+
+
 def test_an_error_in_one_job_leaves_the_others_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     make = engine.picture
     monkeypatch.setattr(engine, "picture", lambda slot: make(slot) if slot.recipe.seed != 9 else make(None))

@@ -185,3 +185,14 @@ def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept(
         assert list(engine.adapters) == ["adapter"]
 
     asyncio.run(main())
+
+
+def test_what_a_server_has_accepted_may_take_as_long_as_a_request_before_it_is_stopped() -> None:
+    from serving.app import HEALTH_TIMEOUT_S, build
+
+    ingress = build({"adapter": "/a", "request_timeout_s": "77"})._bound_deployment
+    replica = ingress.init_args[1]._bound_deployment
+    for deployment in (ingress, replica):
+        assert deployment._deployment_config.graceful_shutdown_timeout_s == 77
+    assert ingress._deployment_config.max_surge_percent == 100
+    assert replica._deployment_config.health_check_timeout_s == HEALTH_TIMEOUT_S

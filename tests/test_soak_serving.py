@@ -34,7 +34,7 @@ from trainer.base import MICRO
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("one_thread")]
 URL = "/v1/images/generations"
 STEPS = (20, 50)
-TRIAL_S, OVERLOAD_S, STORM_S, CALM_S = 20, 60, 25, 5
+TRIAL_S, OVERLOAD_S, STORM_S, CALM_S = 25, 60, 25, 5
 ONE = {"prompt": "line art", "num_inference_steps": 35, "seed": 0}
 ALLOWED = {"200", "429", "503 unavailable"}
 KEYS = ("p50", "p99", "max")
@@ -107,7 +107,7 @@ def test_ten_times_what_it_can_do(one: httpx.Client) -> None:
     assert found["goodput"] > 0.9 * peak
     assert refused["p99"] < 0.05
     assert max(grown) < 0.03
-    assert after < 2 * alone
+    assert after < 1.5 * alone
 
 
 def trial(client: httpx.Client, rate: float, seconds: float = TRIAL_S) -> dict[str, Any]:
