@@ -8,6 +8,7 @@ Serve does not read.
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 import logging
 import time
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve import metrics
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -30,13 +31,16 @@ from serving.config import ServingConfig, from_args
 from serving.engine import ONLY, Engine
 from serving.keys import load_keys
 from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, Worker
+from serving.worker import Event, Facts, Job, SamplerStopped, Worker
 from trainer.adapter import AdapterError
 
 log = logging.getLogger("ray.serve")
 REPLICA, INGRESS = "SketchReplica", "SketchIngress"
 MAX_ADAPTERS = 8  # of the folder, loaded in a replica at a time; 98 MB each for SD v1.5 in fp16
 STATUS_S = 2.0  # how long an answer of Serve's controller is used again by /health
+HEALTH_S = 5.0  # between two health checks; the third in a row that fails has a replica replaced
+HEALTH_TIMEOUT_S = 60.0  # a canary waits for the step in flight, then takes two steps and a decoding
+PATIENCE, LEAST_PATIENCE_S = 5, 60.0  # times the whole warm-up, before a single step counts as one that hangs
 
 
 class StepMetrics:
@@ -60,11 +64,14 @@ class LoadedAdapter:
     """What Serve holds of an adapter that is loaded."""
 
     def __init__(self, worker: Worker, served: Served) -> None:
-        self._worker, self._served = worker, served
+        self._worker: Worker | None = worker
+        self._served = served
 
     def __del__(self) -> None:
-        """Unload it: Serve calls this when others have taken its place."""
-        self._worker.remove_adapter(self._served)
+        """Unload it: Serve calls this when others have taken its place, then Python does when Serve drops it."""
+        worker, self._worker = self._worker, None
+        if worker is not None:  # the second call could unload what has been loaded again in between
+            worker.remove_adapter(self._served)
 
 
 @serve.deployment(name=REPLICA)
@@ -84,17 +91,29 @@ class SketchReplica:
             channels_last=config.channels_last,
             compile=config.compile,
         )
+        begun = time.monotonic()
         seconds = step_seconds(engine, ONLY, config.max_batch_size)
+        patience_s = max(LEAST_PATIENCE_S, PATIENCE * (time.monotonic() - begun))  # what compiles a step is in it
         cap = best_cap(seconds)
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
+        self.config = config
         self.adapters = Adapters(config.adapter_folder)
         self.worker = Worker(
-            engine, config.model, cap=cap, steps_per_second=cap / seconds[cap], watch=StepMetrics(cap).watch
+            engine,
+            config.model,
+            cap=cap,
+            steps_per_second=cap / seconds[cap],
+            patience_s=patience_s,
+            watch=StepMetrics(cap).watch,
         )
 
-    async def facts(self) -> Facts:
-        """Return what this server is."""
-        return self.worker.facts()
+    async def check_health(self) -> None:
+        """Raise when this replica can't draw. Serve calls this before it sends the first job, then again and again."""
+        await self.worker.check()
+
+    async def facts(self) -> tuple[Facts, ServingConfig]:
+        """Return what this replica is, and the settings that it was started with."""
+        return self.worker.facts(), self.config
 
     @serve.multiplexed(max_num_models_per_replica=MAX_ADAPTERS)
     async def adapter(self, id: str) -> "LoadedAdapter":
@@ -122,18 +141,25 @@ class SketchReplica:
 class ServeBackend:
     """The replicas, as the HTTP interface sees them (`serving.api.Backend`)."""
 
-    def __init__(self, replicas: DeploymentHandle) -> None:
+    def __init__(self, config: ServingConfig, replicas: DeploymentHandle) -> None:
+        self._config = config
         self._replicas = replicas
         self._facts: Facts | None = None
         self._status: tuple[float, str | None] = (0.0, None)  # when it is out of date, and what it was
 
     async def facts(self) -> Facts:
-        """Return what the server is: asked once, then remembered."""
-        if self._facts is None:
-            with _told():
-                self._facts = await self._replicas.facts.remote()
-        assert self._facts is not None
-        return self._facts
+        """Return what the server is: remembered once a replica of our own settings has said it.
+
+        During a rolling update the one asked may still be of the settings before.
+        """
+        if self._facts is not None:
+            return self._facts
+        with _told():
+            facts, config = await cast(Any, self._replicas.facts.remote())
+        facts = dataclasses.replace(facts, model=self._config.model)
+        if config == self._config:
+            self._facts = facts
+        return facts
 
     async def trouble(self) -> str | None:
         """Return why jobs can't run now: no replica runs."""
@@ -174,7 +200,7 @@ class SketchIngress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP interface; built here, in the replica, so that it need not be pickled."""
-        return create_api(self.config, ServeBackend(self.replicas), self.digests)
+        return create_api(self.config, ServeBackend(self.config, self.replicas), self.digests)
 
 
 def build(args: dict) -> serve.Application:
@@ -184,6 +210,8 @@ def build(args: dict) -> serve.Application:
     """
     config = from_args(args)
     refusal: Any = {"status_code": 429, "retry_after_s": config.retry_after_s}
+    # what a replica has accepted is finished before it is stopped, and no request is older than that
+    grace: Any = {"graceful_shutdown_timeout_s": config.request_timeout_s}
     replica = SketchReplica.options(
         autoscaling_config={
             "min_replicas": config.min_replicas,
@@ -193,13 +221,18 @@ def build(args: dict) -> serve.Application:
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=refusal,
+        health_check_period_s=HEALTH_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        **grace,
     )
     ingress = SketchIngress.options(
         max_ongoing_requests=config.max_requests + 64,  # room for /health and for answers of 429
         max_queued_requests=64,
         backpressure_config=refusal,
+        max_surge_percent=100,  # the old one answers until the new one does
         ray_actor_options={"num_cpus": config.ingress_num_cpus},
+        **grace,
     )
     return ingress.bind(config, replica.bind(config))
 
@@ -214,7 +247,9 @@ def _told() -> Iterator[None]:
     except ModelUnavailable as error:
         (message,) = getattr(error, "cause", error).args
         raise ApiError(503, message, type="server_error", code="model_unavailable") from None
-    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+    except (
+        RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError, SamplerStopped
+    ) as error:  # fmt: skip
         message = "The replica that worked on this is gone. Try again."
         raise ApiError(503, message, type="server_error", code="unavailable", headers={"Retry-After": "5"}) from error
 

@@ -25,7 +25,7 @@ from serving.attention import Layers, States, attach, image_layers, nbytes, side
 from serving.cache import Cache
 from serving.recipe import Recipe
 from trainer.adapter import Adapter, AdapterError, read_config
-from trainer.backbone import Backbone, load_backbone
+from trainer.backbone import Backbone, load_backbone, pixels_to_image
 
 ONLY = "adapter"  # name of the adapter of an engine that has one
 CACHE_BYTES = 256 * 2**20  # of keys and values; a text of SD v1.5 takes 7.7 MB in fp32
@@ -207,12 +207,13 @@ class Engine:
     def picture(self, slot: Slot) -> Image.Image:
         """Return the RGB picture of a slot that is done, or as its last step predicts it.
 
-        ArithmeticError when its latents are not finite.
+        ArithmeticError when its latents or pixels are not finite.
         """
         latents = slot.x0 if slot.timesteps and slot.x0 is not None else slot.latents
-        if not bool(torch.isfinite(latents).all()):
+        pixels_13HW = self.backbone.decode(latents)
+        if not bool(torch.isfinite(pixels_13HW).all()):
             raise ArithmeticError("Sampling gave NaN or infinity. Run with dtype float32 or bfloat16.")
-        return Image.fromarray(self.backbone.latents_to_image(latents)[0])
+        return Image.fromarray(pixels_to_image(pixels_13HW)[0])
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
         """Return width and height in pixels of a recipe's pictures. ValueError unless the VAE can make them."""

@@ -11,8 +11,9 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from PIL import Image
 
@@ -21,7 +22,8 @@ from serving.batcher import Batcher
 from serving.engine import ONLY, Engine, Slot, pixels_sha256
 from serving.pictures import write_picture
 from serving.recipe import Recipe
-from trainer.adapter import Adapter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class Facts:
 
 
 class SamplerStopped(Exception):
-    """The thread that draws has ended by a fault of its own: this worker is of no use any more."""
+    """The thread that draws has ended by a fault of its own, or hangs: this worker is of no use any more."""
 
 
 @dataclass(eq=False)
@@ -84,6 +86,8 @@ class _Running:
     job: Job
     send: Callable[[Event | Exception | None], object]
     slots: list[Slot] = field(default_factory=list)
+    # nobody waits for it any more
+    left: bool = False
 
 
 class Worker:
@@ -96,21 +100,26 @@ class Worker:
         *,
         cap: int = 4,
         steps_per_second: float = 0.0,
+        patience_s: float = 60.0,
         watch: Callable[[int, int, float], object] = lambda drawn, waiting, seconds: None,
     ) -> None:
         """`cap`: pictures of the native size that are denoised at a time; `steps_per_second`: as in Facts.
 
-        `watch` is told of each step: the pictures in it, those that wait for a place, and its seconds.
+        `patience_s`: seconds that no single step takes, nor anything else that is done between two of them: beyond it
+        the sampler hangs. `watch` is told of each step: the pictures in it, those that wait for a place, its seconds.
         """
         self.engine = engine
         self.model = model
         self.steps_per_second = steps_per_second
+        self._patience_s = patience_s
         self._watch = watch
         self.batcher = Batcher(engine, cap)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what to do before the next step
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # what to do before the next step
         self._running: dict[int, _Running] = {}  # by id of slot
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")  # in order, beside the next step
         self._stopped: Exception | None = None
+        self._since: float | None = None  # when what is being done was begun; None = nothing is
+        self._doubtful = True  # nothing has been drawn yet, or something has failed
         threading.Thread(target=self._draw, name="sampler", daemon=True).start()
 
     def facts(self) -> Facts:
@@ -143,52 +152,72 @@ class Worker:
                     raise event
                 yield event
         finally:
+            running.left = True
             self._inbox.put(lambda: self._leave(running))
+
+    async def check(self) -> None:
+        """Say whether this worker can draw: nothing is raised when it can.
+
+        SamplerStopped when its thread has ended or hangs. At first, and after a job has failed, a picture of two steps
+        is drawn beside the jobs: what goes wrong there is raised, ArithmeticError when it is not finite.
+        """
+        if self._stopped is not None:
+            raise self._stopped
+        since = self._since
+        if since is not None and time.monotonic() - since > self._patience_s:
+            raise self._hangs()
+        if self._doubtful:
+            try:
+                await asyncio.wait_for(self._between_steps(self._canary), self._patience_s)
+            except TimeoutError:
+                raise self._hangs() from None
 
     async def add_adapter(self, served: Served) -> None:
         """Load an adapter, while the others are drawn. AdapterError when it is damaged, or of another base."""
         loaded = await asyncio.to_thread(self.engine.read_adapter, served.path)
-        added: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._inbox.put(lambda: self._add(served, loaded, added))
-        await added
+        try:
+            await self._between_steps(lambda: self.engine.add(served.id, loaded))
+        except asyncio.CancelledError:  # too late perhaps: nobody would unload it
+            self.remove_adapter(served)
+            raise
 
     def remove_adapter(self, served: Served) -> None:
-        """Unload an adapter; what it has begun is drawn to its end."""
-        self._inbox.put(lambda: self.engine.remove(served.id))
+        """Unload an adapter, if it is there; what it has begun is drawn to its end."""
+        self._inbox.put(lambda: served.id in self.engine.adapters and self.engine.remove(served.id))
 
-    def _add(self, served: Served, loaded: Adapter, added: asyncio.Future[None]) -> None:
-        error: Exception | None = None
-        try:
-            self.engine.add(served.id, loaded)
-        except Exception as found:
-            error = found
+    async def _between_steps(self, do: Callable[[], T]) -> T:
+        """Return what `do` returns, or raise what it raises, in the thread that draws."""
+        done: Future[T] = Future()
 
-        def tell() -> None:
-            if not added.done():
-                added.set_exception(error) if error else added.set_result(None)
+        def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                if self._stopped is not None:
+                    raise self._stopped
+                done.set_result(do())
+            except Exception as error:
+                done.set_exception(error)
 
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            added.get_loop().call_soon_threadsafe(tell)
+        self._inbox.put(run)
+        if self._stopped is not None:
+            raise self._stopped
+        return await asyncio.wrap_future(done)
+
+    def _canary(self) -> None:
+        if self._doubtful:  # not drawn meanwhile
+            self.engine.infer(Recipe(prompt="a canary", reference=Image.new("RGB", (64, 64)), num_inference_steps=2))
+            self._doubtful = False
+
+    def _hangs(self) -> SamplerStopped:
+        return SamplerStopped(f"The sampler hangs: it has been at one thing for more than {self._patience_s:.0f} s.")
 
     def _draw(self) -> None:
         """Step through what there is, for ever."""
         try:
             while True:
-                if not self.batcher:
-                    self._inbox.get()()
-                while not self._inbox.empty():
-                    self._inbox.get()()
-                begun = time.perf_counter()
-                slots, failed = self.batcher.step()
-                if slots:
-                    waiting = len(self.batcher) - sum(bool(slot.timesteps) for slot in slots)
-                    self._watch(len(slots), waiting, time.perf_counter() - begun)
-                for slot, error in failed:
-                    if id(slot) in self._running:  # its job has not failed by another slot
-                        self._fail(self._running[id(slot)], error)
-                for slot in slots:
-                    if id(slot) in self._running:
-                        self._stepped(self._running[id(slot)], slot)
+                self._take_in()
+                self._step()
         except BaseException as error:
             self._stopped = SamplerStopped(f"The sampler stopped: {error!r}")
             for running in set(self._running.values()):
@@ -197,9 +226,35 @@ class Worker:
                 self._inbox.get()()
             raise
 
+    def _take_in(self) -> None:
+        """Do what has come in; wait for it when there is nothing to draw."""
+        wait = not self.batcher
+        while wait or not self._inbox.empty():
+            if wait:
+                self._since = None
+            do, wait = self._inbox.get(), False
+            self._since = time.monotonic()
+            do()
+
+    def _step(self) -> None:
+        self._since = begun = time.monotonic()
+        slots, failed = self.batcher.step()
+        if slots:
+            waiting = len(self.batcher) - sum(bool(slot.timesteps) for slot in slots)
+            self._watch(len(slots), waiting, time.monotonic() - begun)
+        for slot, error in failed:
+            if id(slot) in self._running:  # its job has not failed by another slot
+                self._fail(self._running[id(slot)], error)
+        for slot in slots:
+            if id(slot) in self._running:
+                self._since = time.monotonic()
+                self._stepped(self._running[id(slot)], slot)
+
     def _join(self, running: _Running) -> None:
         if self._stopped is not None:
             self._send(running, self._stopped)
+            return
+        if running.left:  # while it waited for the step in flight: nothing is encoded for it
             return
         recipe = running.job.recipe
         try:
@@ -207,13 +262,15 @@ class Worker:
             running.slots = [self.engine.slot(recipe, i, adapter) for i in range(recipe.n)]
             warnings = self.warnings(recipe)
         except Exception as error:
-            running.send(error)
+            self._doubtful = True
+            self._send(running, error)
             return
         self._running |= {id(slot): running for slot in running.slots}
         self.batcher.add(running.slots)
-        running.send(Started(warnings=warnings))
+        self._send(running, Started(warnings=warnings))
 
     def _leave(self, running: _Running) -> None:
+        running.left = True
         self.batcher.remove(running.slots)
         for slot in running.slots:
             self._running.pop(id(slot), None)
@@ -238,10 +295,13 @@ class Worker:
                 self._files.submit(self._send, running, None)
 
     def _fail(self, running: _Running, error: Exception) -> None:
+        self._doubtful = True
         self._leave(running)
         self._files.submit(self._send, running, error)
 
     def _write(self, running: _Running, image: Image.Image, number: int, partial: int | None) -> None:
+        if running.left:
+            return
         try:
             self._send(running, self._picture(running.job, image, number, partial))
         except Exception as error:

@@ -30,6 +30,17 @@ def _few_threads() -> None:
     torch.set_num_threads(2)  # more than cores slows torch two to ten times
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:
     """The address of the session's one Ray, with four logical CPUs; it ends with the session."""

@@ -7,7 +7,6 @@ import contextlib
 import io
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +24,8 @@ from serving.worker import Job, Picture, SamplerStopped, Started, Worker
 from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
 from trainer.backbone import ddim, load_backbone
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ("a girl under a tree", "two boys in the rain", "a cat", "")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +367,26 @@ def test_jobs_are_drawn_side_by_side_and_one_that_is_given_up_leaves_after_the_s
     second_job, third_job = asyncio.run(main())
     assert [len(second_job), len(third_job)] == [2, 2]
     assert taken == [[1], [1], [2, 3], [2, 3], [2, 3]]
+
+
+def test_a_job_that_is_given_up_before_it_begins_costs_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    step, slot, made = engine.step, engine.slot, []
+    monkeypatch.setattr(engine, "step", lambda slots: (begun.set(), go_on.wait(10), step(slots)))
+    monkeypatch.setattr(engine, "slot", lambda recipe, *how: (made.append(recipe.seed), slot(recipe, *how))[1])
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        first = asyncio.create_task(collected(worker, Job(recipe=recipe(seed=1, num_inference_steps=1))))
+        await asyncio.to_thread(begun.wait, 10)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collected(worker, Job(recipe=recipe(seed=2))), 0.05)
+        go_on.set()
+        await first
+        await collected(worker, Job(recipe=recipe(seed=3, num_inference_steps=1)))
+
+    asyncio.run(main())
+    assert made == [1, 3]
 
 
 def test_an_error_in_one_job_leaves_the_others_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import base64
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -20,36 +22,20 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.local import free_ports
+from serving.app import MAX_ADAPTERS
 from serving.engine import Engine
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
-from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
-from trainer.backbone import load_backbone
+from tests.servers import processes, save_adapter, serving
+from trainer.adapter import WEIGHTS, Adapter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = {"prompt": "long", "num_inference_steps": 999, "n": 4}  # a minute and more on one core
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    backbone = load_backbone(str(twin))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        adapter = Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64))
-        for module in adapter.ip_adapter.values():
-            torch.nn.init.normal_(module.to_v_ip.weight, std=0.5)
-    folder = tmp_path_factory.mktemp("run") / "adapter"
-    adapter.save_pretrained(folder, base={"id": backbone.id, "weights_hash": backbone.weights_hash})
-    return folder
+    return save_adapter(str(twin), tmp_path_factory.mktemp("run") / "adapter")
 
 
 @pytest.fixture(scope="module")
@@ -59,29 +45,24 @@ def more_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(ray_session: str, twin: Path, adapter_folder: Path, more_adapters: Path) -> Iterator[httpx.Client]:
-    """A client of the application: one replica runs one request, one more waits, the next is refused.
+def arguments(twin: Path, adapter_folder: Path, more_adapters: Path) -> dict[str, str]:
+    """Of the application: one replica runs one request, one more waits, the next is refused.
 
     `max_replicas` of 2 lets the ingress take three, so that Serve's own refusal is met as well as the ingress's.
     """
-    from ray import serve
+    return {
+        "adapter": str(adapter_folder.parent), "base": str(twin), "adapter_folder": str(more_adapters),
+        "num_cpus": "0.5", "ingress_num_cpus": "0.1",
+        "max_replicas": "2", "max_ongoing_requests": "1", "max_queued_requests": "1",
+        "limits.max_num_inference_steps": "999", "limits.max_body_bytes": "2000000",
+    }  # fmt: skip
 
-    from serving.app import build
 
-    (port,) = free_ports(1)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    app = build(
-        {"adapter": str(adapter_folder.parent), "base": str(twin), "adapter_folder": str(more_adapters),
-         "num_cpus": "0.5", "ingress_num_cpus": "0.1",
-         "max_replicas": "2", "max_ongoing_requests": "1", "max_queued_requests": "1",
-         "limits.max_num_inference_steps": "999", "limits.max_body_bytes": "2000000"}
-    )  # fmt: skip
-    serve.run(app, name="sketch", route_prefix="/")
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            yield client
-    finally:
-        serve.shutdown()
+@pytest.fixture(scope="module")
+def server(ray_session: str, arguments: dict[str, str]) -> Iterator[httpx.Client]:
+    """A client of the application."""
+    with serving("sketch", **arguments) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +223,61 @@ def test_beyond_the_queue_the_answer_is_429_at_once(server: httpx.Client) -> Non
                 time.sleep(0.05)
             assert [answer.status_code for answer in refused] == [429] * 5, [answer.text for answer in refused]
             assert all(answer.json()["error"]["code"] == "queue_full" for answer in refused)
-            assert all(answer.headers["retry-after"] == "5" for answer in refused)
+            # seconds, from the steps under way and their measured time: the long one's are four thousand
+            assert all(int(answer.headers["retry-after"]) > 1 for answer in refused)
             assert server.get("/health").status_code == 200
         assert sorted(call.result().status_code for call in calls) == [200] + [429] * 5  # the one that waited is served
+
+
+def test_a_client_that_leaves_the_line_leaves_its_place(server: httpx.Client) -> None:
+    with server.stream("POST", "/v1/images/generations", json={**LONG, "stream": True}) as running:
+        assert running.status_code == 200
+        for _ in range(3):  # the second would be refused if the first still held the place
+            with httpx.Client(base_url=server.base_url, timeout=1) as client, pytest.raises(httpx.ReadTimeout):
+                generate(client)
+    assert generate(server).status_code == 200
+
+
+def test_more_adapters_than_are_loaded_at_a_time(
+    server: httpx.Client, adapter_folder: Path, more_adapters: Path
+) -> None:
+    names = [f"adapter-{number}" for number in range(MAX_ADAPTERS + 1)]
+    for name in names:
+        shutil.copytree(adapter_folder, more_adapters / name)
+    for name in [*names, *names[:2]]:
+        assert generate(server, model=name, num_inference_steps=1).status_code == 200
+
+
+def test_what_was_accepted_is_finished_through_an_update(server: httpx.Client, arguments: dict[str, str]) -> None:
+    from ray import serve
+
+    from serving.app import build
+
+    long = {"num_inference_steps": 300, "seed": 5}
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(generate, server, **long)
+        while "animesketch_requests_in_progress 1.0" not in server.get("/metrics").text:
+            assert not accepted.done()
+        serve.run(build({**arguments, "model": "renamed"}), name="sketch", route_prefix="/")
+        assert read_recipe(Image.open(io.BytesIO(pictures(accepted.result())[0])))["model"] == "animesketch"
+    deadline = time.monotonic() + 60
+    while server.get("/v1/models").json()["data"][0]["id"] != "renamed":
+        assert time.monotonic() < deadline
+    now = generate(server, model="renamed", seed=5)
+    assert read_recipe(Image.open(io.BytesIO(pictures(now)[0])))["model"] == "renamed"
+
+
+def test_a_killed_replica_is_told_of_and_replaced(server: httpx.Client) -> None:
+    victims = processes("sketch", "SketchReplica").values()
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.base_url, timeout=120) as other:
+        with server.stream("POST", "/v1/images/generations", json={**LONG, "stream": True}) as response:
+            waits = pool.submit(generate, other)
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+            events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if "data:" in line]
+        assert (events[-1]["type"], events[-1]["error"]["code"]) == ("error", "unavailable")
+        assert waits.result().status_code == 200
+    assert server.get("/health").status_code == 200
 
 
 def test_without_keys_only_loopback_is_served() -> None:

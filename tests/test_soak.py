@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,54 +171,3 @@ def test_a_full_size_step(tmp_path: Path) -> None:
     rows = [["adapter parameters", counted[0]], ["UNet parameters", counted[1]], ["seconds per step", f"{seconds:.1f}"]]
     rows += [[f"loss, step {i}", f"{loss:.4f}"] for i, loss in enumerate(losses, start=1)]
     write_table("full-size-step", "A full-size step: SD v1.5's UNet with random weights, on CPU", ["", ""], rows)
-
-
-def test_overload(ray_session: str, twin: Path, tmp_path: Path) -> None:
-    """Ten times more clients than places for 60 s: what is accepted finishes, the rest gets 429 with Retry-After."""
-    import httpx
-    import torch
-    from ray import serve
-
-    from cluster.local import free_ports
-    from serving.app import build
-    from trainer.adapter import Adapter, AdapterConfig
-    from trainer.backbone import load_backbone
-
-    backbone = load_backbone(str(twin))
-    torch.manual_seed(0)
-    Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64)).save_pretrained(
-        tmp_path / "adapter", base={"id": backbone.id, "weights_hash": backbone.weights_hash}
-    )
-    (port,) = free_ports(1)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    arguments = {"adapter": str(tmp_path / "adapter"), "base": str(twin), "num_cpus": "0.5", "max_queued_requests": "2"}
-    serve.run(build(arguments), name="overload", route_prefix="/")
-    url, end = f"http://127.0.0.1:{port}/v1/images/generations", time.monotonic() + 60
-
-    def client(number: int) -> list[tuple[int, float]]:
-        answers = []
-        with httpx.Client(timeout=120) as http:
-            while time.monotonic() < end:
-                begun = time.monotonic()
-                reply = http.post(url, json={"prompt": "line art", "num_inference_steps": 20, "seed": number})
-                answers.append((reply.status_code, time.monotonic() - begun))
-                if reply.status_code == 429:
-                    assert int(reply.headers["Retry-After"]) >= 1
-                    assert json.loads(reply.text)["error"]["code"]
-                    time.sleep(0.5)
-        return answers
-
-    try:
-        with ThreadPoolExecutor(40) as pool:
-            answers = [answer for answers in pool.map(client, range(40)) for answer in answers]
-        alone = httpx.post(url, json={"prompt": "line art", "num_inference_steps": 20}, timeout=60)
-    finally:
-        serve.shutdown()
-    counts = {status: sum(status == s for s, _ in answers) for status in sorted({s for s, _ in answers})}
-    assert set(counts) == {200, 429}
-    assert alone.status_code == 200
-    refused = sorted(seconds for status, seconds in answers if status == 429)
-    rows: list[list[object]] = [[f"answers {status}", count] for status, count in counts.items()]
-    rows += [["median time to a refusal", f"{1000 * refused[len(refused) // 2]:.0f} ms"]]
-    rows += [["slowest accepted request", f"{max(s for status, s in answers if status == 200):.1f} s"]]
-    write_table("overload", "Overload: 40 clients, one replica with room for 4 requests, 60 s", ["", ""], rows)

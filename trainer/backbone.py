@@ -150,12 +150,20 @@ class Backbone:
     @torch.no_grad()
     def latents_to_image(self, latents_B4hw: Tensor) -> np.ndarray:
         """Return uint8 RGB pictures (B,H,W,3) of scaled latents."""
-        pixels = self.vae.decode(latents_B4hw.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-        return (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return pixels_to_image(self.decode(latents_B4hw))
+
+    def decode(self, latents_B4hw: Tensor) -> Tensor:
+        """Return pixels (B,3,H,W), about -1 to 1, of scaled latents."""
+        return self.vae.decode(latents_B4hw.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
 
     def scheduler(self) -> DDIMScheduler:
         """Return a new DDIM scheduler for SD v1.5, whatever the folder says: some mirrors lack clip_sample."""
         return ddim()
+
+
+def pixels_to_image(pixels_B3HW: Tensor) -> np.ndarray:
+    """Return uint8 RGB pictures (B,H,W,3) of pixels from -1 to 1; what is beyond is cut."""
+    return (pixels_B3HW.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 _FEATURES: dict[str, Callable[[Any], Tensor]] = {

@@ -27,6 +27,7 @@ def main(names: list[str]) -> int:
     from tests.bench.cuts_live import cuts_live
     from tests.bench.decoding import decoding
     from tests.bench.duplicates import duplicates
+    from tests.bench.ingress import ingress
     from tests.bench.large import large
     from tests.bench.reading import reading
     from tests.bench.sampling import sampling
@@ -43,6 +44,7 @@ def main(names: list[str]) -> int:
         "truth": truth,
         "seams": seams,
         "capacity": capacity,
+        "ingress": ingress,
         "large": large,
         "cuts": cuts,
         "cuts-live": cuts_live,

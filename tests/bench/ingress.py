@@ -1,0 +1,95 @@
+"""What the way through the server costs: the time of a request over HTTP, less the time that its engine is at work."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+
+from cluster.local import free_ports
+from serving.app import REPLICA, SketchIngress, SketchReplica
+from serving.config import ServingConfig, from_args
+from tests.bench.sampling import new_adapter, sketch
+from trainer.backbone import load_backbone
+from trainer.base import MICRO
+
+REPO = Path(__file__).parents[2]
+REQUESTS, STEPS = 60, 4
+
+
+class TimedReplica(SketchReplica.func_or_class):  # type: ignore[misc, name-defined]
+    """A replica that counts the seconds that its engine is at work."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        super().__init__(config)
+        self._seconds, engine = 0.0, self.worker.engine
+        for name in ("slot", "step", "picture"):
+            setattr(engine, name, self._timed(getattr(engine, name)))
+
+    def _timed(self, function: Callable) -> Callable:
+        def timed(*args: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self._seconds += time.perf_counter() - begun
+
+        return timed
+
+    async def seconds(self) -> float:
+        """Return the seconds so far."""
+        return self._seconds
+
+
+def ingress() -> Iterator[str]:
+    """Yield a table of the overhead of single requests, one after the other, on the micro base."""
+    file = io.BytesIO()
+    sketch().save(file, "PNG")
+    picture = base64.b64encode(file.getvalue()).decode()
+    plain = {"prompt": "a girl with long hair, line art", "num_inference_steps": STEPS}
+    yield f"{REQUESTS} requests of {STEPS} steps, one after the other; milliseconds."
+    yield ""
+    yield "| request | whole | engine | overhead: median | 95 % within |"
+    yield "|---|---|---|---|---|"
+    with tempfile.TemporaryDirectory() as folder:
+        new_adapter(load_backbone(MICRO)).save_pretrained(Path(folder) / "adapter")
+        config = from_args({"adapter": f"{folder}/adapter", "base": MICRO, "num_threads": 1, "ingress_num_cpus": 0.1})
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": str(REPO)}},
+        )  # fmt: skip
+        try:
+            (port,) = free_ports(1)
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            replica = serve.deployment(TimedReplica, name=REPLICA).bind(config)
+            serve.run(SketchIngress.bind(config, replica), name="bench", route_prefix="/")
+            engine = serve.get_deployment_handle(REPLICA, "bench")
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                yield row("a prompt", client, engine, plain)
+                yield row("a prompt and a sketch", client, engine, {**plain, "image": picture})
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def row(title: str, client: httpx.Client, engine: Any, body: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    whole, inside = [], []
+    for seed in range(REQUESTS + 5):
+        before = engine.seconds.remote().result()
+        begun = time.perf_counter()
+        client.post("/v1/images/generations", json={**body, "seed": seed}).raise_for_status()
+        whole.append(1000 * (time.perf_counter() - begun))
+        inside.append(1000 * (engine.seconds.remote().result() - before))
+    over = sorted(a - b for a, b in zip(whole[5:], inside[5:], strict=True))
+    found = statistics.median(whole[5:]), statistics.median(inside[5:]), statistics.median(over)
+    return f"| {title} | {' | '.join(f'{value:.1f}' for value in (*found, over[int(0.95 * len(over))]))} |"

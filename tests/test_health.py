@@ -1,0 +1,198 @@
+"""Is a worker of any use? Its thread must be there and go on, and what it draws must be finite."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from serving.adapters import Served
+from serving.engine import Engine, Slot
+from serving.recipe import Recipe
+from serving.worker import Job, Picture, SamplerStopped, Worker
+from tests.servers import save_adapter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECIPE = Recipe(prompt="a cat", num_inference_steps=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def adapter(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(str(twin), tmp_path_factory.mktemp("run") / "adapter")
+
+
+@pytest.fixture
+def engine(twin: Path, adapter: Path) -> Engine:
+    return Engine.load(str(adapter), base=str(twin))
+
+
+async def draw(worker: Worker, recipe: Recipe = RECIPE) -> list[Picture]:
+    return [event async for event in worker.generate(Job(recipe=recipe)) if isinstance(event, Picture)]
+
+
+def poison(engine: Engine, monkeypatch: pytest.MonkeyPatch, seed: int | None = None) -> list[int]:
+    """Have steps fail that draw the picture of `seed`, None for all; return the list of seeds that are drawn."""
+    step, drawn = engine.step, []
+
+    def poisoned(slots: list[Slot]) -> None:
+        drawn.extend(slot.recipe.seed for slot in slots)
+        if seed is None or seed in drawn[-len(slots) :]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        step(slots)
+
+    monkeypatch.setattr(engine, "step", poisoned)
+    return drawn
+
+
+def test_a_canary_is_drawn_at_first_and_after_a_failure(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = poison(engine, monkeypatch, seed=13)
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        for _ in range(3):
+            await worker.check()
+        assert drawn == [0, 0]
+        with pytest.raises(RuntimeError, match="CUDA"):
+            await draw(worker, Recipe(prompt="a cat", num_inference_steps=2, seed=13))
+        assert len(await draw(worker)) == 1
+        drawn.clear()
+        for _ in range(3):
+            await worker.check()  # that one was the request's own fault
+        assert drawn == [0, 0]
+
+    asyncio.run(main())
+
+
+def test_a_device_that_draws_no_more_is_found_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        await worker.check()
+        poison(engine, monkeypatch)
+        with pytest.raises(RuntimeError, match="CUDA"):
+            await draw(worker)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="CUDA"):
+                await worker.check()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_weights_that_are_not_finite_are_found_out_before_the_first_job(engine: Engine, part: str) -> None:
+    with torch.no_grad():
+        next(getattr(engine.backbone, part).parameters()).fill_(float("nan"))
+        if part == "vae":
+            engine.backbone.vae.decoder.conv_out.weight.fill_(float("nan"))
+    with pytest.raises(ArithmeticError, match="NaN"):
+        asyncio.run(Worker(engine, "m").check())
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_step_that_takes_too_long_is_found_out_and_idleness_is_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, proven: bool
+) -> None:
+    go_on = threading.Event()
+    step = engine.step
+
+    async def main() -> None:
+        worker = Worker(engine, "m", patience_s=1.0)
+        if proven:
+            await worker.check()
+            await asyncio.sleep(1.2)
+            await worker.check()
+        monkeypatch.setattr(engine, "step", lambda slots: go_on.wait(10) and step(slots))
+        job = asyncio.create_task(draw(worker))
+        if proven:
+            await asyncio.sleep(0.2)
+            await worker.check()  # not yet
+            await asyncio.sleep(1.2)
+        with pytest.raises(SamplerStopped, match="hangs"):
+            await worker.check()
+        go_on.set()
+        assert len(await job) == 1
+        await worker.check()
+
+    asyncio.run(main())
+
+
+def test_a_thread_that_has_ended_is_found_out_and_nobody_waits_for_it(
+    engine: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        monkeypatch.setattr(worker.batcher, "step", lambda: 1 / 0)
+        calls: list[Callable] = [
+            lambda: draw(worker),
+            worker.check,
+            lambda: worker.add_adapter(Served(name="other", path=str(adapter), version="1")),
+        ]
+        for call in calls:
+            with pytest.raises(SamplerStopped, match="division by zero"):
+                await asyncio.wait_for(call(), 10)
+
+    asyncio.run(main())
+
+
+def test_an_adapter_is_unloaded_once_however_often_it_is_said(engine: Engine, adapter: Path) -> None:
+    from serving.app import LoadedAdapter
+
+    served = Served(name="other", path=str(adapter), version="1")
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        await worker.add_adapter(served)
+        loaded = LoadedAdapter(worker, served)
+        loaded.__del__()  # as Serve does, before it drops it
+        await worker.add_adapter(served)
+        del loaded
+        await draw(worker)
+        assert served.id in engine.adapters
+        worker.remove_adapter(served)
+        worker.remove_adapter(served)
+        await draw(worker)
+        assert served.id not in engine.adapters
+
+    asyncio.run(main())
+
+
+def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept(
+    engine: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adding, go_on = threading.Event(), threading.Event()
+    add = engine.add
+
+    def slow(*how: object) -> None:
+        adding.set()
+        assert go_on.wait(10)
+        add(*how)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        monkeypatch.setattr(engine, "add", slow)
+        load = asyncio.create_task(worker.add_adapter(Served(name="other", path=str(adapter), version="1")))
+        await asyncio.to_thread(adding.wait, 10)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+        go_on.set()
+        await draw(worker)
+        assert list(engine.adapters) == ["adapter"]
+
+    asyncio.run(main())
+
+
+def test_what_a_server_has_accepted_may_take_as_long_as_a_request_before_it_is_stopped() -> None:
+    from serving.app import HEALTH_TIMEOUT_S, build
+
+    ingress = build({"adapter": "/a", "request_timeout_s": "77"})._bound_deployment
+    replica = ingress.init_args[1]._bound_deployment
+    for deployment in (ingress, replica):
+        assert deployment._deployment_config.graceful_shutdown_timeout_s == 77
+    assert ingress._deployment_config.max_surge_percent == 100
+    assert replica._deployment_config.health_check_timeout_s == HEALTH_TIMEOUT_S
