@@ -40,6 +40,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
+        message, param = _sendable(message), None if param is None else _sendable(param)
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -100,6 +101,32 @@ class ImagesResponse(BaseModel):
     warnings: list[str]
 
 
+class Model(BaseModel):
+    """One model of a server."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    base: str
+    base_weights_hash: str
+    native_size: str
+    random_weights: bool
+
+
+class ModelList(BaseModel):
+    """Answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """Answer of /health."""
+
+    status: Literal["ok"]
+
+
 class ErrorBody(BaseModel):
     """OpenAI's error object."""
 
@@ -115,8 +142,13 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in `body`. ApiError 400 for anything else, duplicate keys, NaN, and endless nesting."""
+def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
+    """Return the JSON object in `body`. ApiError 400 for anything else, duplicate keys, NaN, and endless nesting.
+
+    What has more values than any request is refused before it is parsed: 16 MB of `[],` are ten seconds of work.
+    """
+    if sum(map(body.count, (b"[", b"{", b",", b":"))) > 2 * limits.max_prompt_chars + 2000:
+        raise ApiError(400, "The JSON body has more values than a request can have.", code="invalid_json")
     try:
         value = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
@@ -258,6 +290,11 @@ def _parse_size(size: str | None, native_size: tuple[int, int], factor: int, lim
             f"{limits.max_pixels} on this server, got {w}x{h}.",
         )
     return w, h
+
+
+def _sendable(text: str) -> str:
+    """Return `text` as valid Unicode: JSON can name a field by half of a surrogate pair, which no UTF-8 can say."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _invalid(param: str | None, message: str, *, code: str = "invalid_value") -> ApiError:
