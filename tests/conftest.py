@@ -30,6 +30,17 @@ def _few_threads() -> None:
     torch.set_num_threads(2)  # more than cores slows torch two to ten times
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:
     """The address of the session's one Ray, with four logical CPUs; it ends with the session."""
@@ -101,4 +112,23 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("base") / "twin"
     make_twin(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter of `twin` with random weights, wide enough that a reference changes the picture."""
+    import torch
+
+    from trainer.adapter import Adapter, AdapterConfig
+    from trainer.backbone import load_backbone
+
+    backbone = load_backbone(str(twin))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        adapter = Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64))
+        for module in adapter.ip_adapter.values():
+            torch.nn.init.normal_(module.to_v_ip.weight, std=0.5)
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    adapter.save_pretrained(folder, base={"id": backbone.id, "weights_hash": backbone.weights_hash})
     return folder

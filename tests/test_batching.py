@@ -7,7 +7,6 @@ import contextlib
 import io
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +27,7 @@ from trainer.backbone import ddim, load_backbone
 PROMPTS = ("a girl under a tree", "two boys in the rain", "a cat", "")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,32 +24,12 @@ from cluster.local import free_ports
 from serving.engine import Engine
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
-from trainer.adapter import WEIGHTS, Adapter, AdapterConfig
-from trainer.backbone import load_backbone
+from trainer.adapter import WEIGHTS, Adapter
 
 LONG = {"prompt": "long", "num_inference_steps": 999, "n": 4}  # a minute and more on one core
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    backbone = load_backbone(str(twin))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        adapter = Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64))
-        for module in adapter.ip_adapter.values():
-            torch.nn.init.normal_(module.to_v_ip.weight, std=0.5)
-    folder = tmp_path_factory.mktemp("run") / "adapter"
-    adapter.save_pretrained(folder, base={"id": backbone.id, "weights_hash": backbone.weights_hash})
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
