@@ -265,9 +265,7 @@ def create_api(
         """A page that draws by this API."""
         return studio()
 
-    @api.get(
-        "/metrics", response_class=PlainTextResponse, responses=openapi.responses(None, *refusals), dependencies=locked
-    )
+    @api.get("/metrics", response_class=PlainTextResponse, responses=openapi.text(*refusals), dependencies=locked)
     async def prometheus() -> Response:
         """Counters of this ingress replica, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from serving.config import Limits
-from serving.protocol import ErrorResponse, ImagesResponse
+from serving.protocol import CompletedEvent, ErrorResponse, ImagesResponse, PartialEvent
 
 _ERRORS = {
     400: "A field is wrong; `param` names it",
@@ -19,6 +19,7 @@ _ERRORS = {
     500: "The server failed",
     503: "No replica, or no result in time",
 }
+_ERROR = {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"}
 _REQUEST_ID = {
     "X-Request-ID": {
         "description": "What the request is called in the server's log: the client's own name of up to 128 visible "
@@ -29,29 +30,33 @@ _REQUEST_ID = {
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
 
 
-def responses(model: Any, *errors: int, events: bool = False) -> dict[int | str, dict[str, Any]]:
-    """Return the answers of a route: 200 with `model` as JSON (None: text), also as events, and error objects."""
-    good: dict[str, Any] = {"description": "Done", "headers": _REQUEST_ID}
-    if model is not None:
-        good["model"] = model
-    if events:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
-    return {
-        200: good,
-        **{
-            status: {
-                "model": ErrorResponse,
-                "description": _ERRORS[status],
-                "headers": _REQUEST_ID | (_RETRY_AFTER if status == 429 else {}),
-            }
-            for status in errors
-        },
-    }
+def responses(model: type[BaseModel], *errors: int) -> dict[int | str, dict[str, Any]]:
+    """Return the answers of a route: 200 with `model`, and error objects of those statuses."""
+    refusals = {status: {"model": ErrorResponse, **_refusal(status)} for status in errors}
+    return {200: {"model": model, "description": "Done", "headers": _REQUEST_ID}, **refusals}
 
 
 def pictures() -> dict[int | str, dict[str, Any]]:
-    """Return the answers of the routes that draw."""
-    return responses(ImagesResponse, *_ERRORS, events=True)
+    """Return the answers of the routes that draw: as JSON, or as events."""
+    found = responses(ImagesResponse, *_ERRORS)
+    data = [PartialEvent.model_json_schema(), CompletedEvent.model_json_schema(), _ERROR]
+    event = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": data}}
+    fields = {"event": {"type": "string"}, "data": event}
+    found[200]["content"] = {
+        "text/event-stream": {"itemSchema": {"type": "object", "properties": fields, "required": [*fields]}}
+    }
+    return found
+
+
+def text(*errors: int) -> dict[int | str, dict[str, Any]]:
+    """Return the answers of a route that answers with text, and refuses with error objects of those statuses."""
+    refusals = {status: {"content": {"application/json": {"schema": _ERROR}}, **_refusal(status)} for status in errors}
+    return {200: {"description": "Done", "headers": _REQUEST_ID}, **refusals}
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    headers = _REQUEST_ID | (_RETRY_AFTER if status == 429 else {})
+    return {"description": _ERRORS[status], "headers": headers}
 
 
 def json_body(model: type[BaseModel], limits: Limits) -> dict[str, Any]:
@@ -85,7 +90,8 @@ def _limited(model: type[BaseModel], limits: Limits) -> dict[str, Any]:
             if field.get("default", ...) is None:
                 del field["default"]
     for name in ("n", "num_inference_steps", "guidance_scale", "adapter_scale"):
-        fields[name]["maximum"] = getattr(limits, f"max_{name}")
+        most = getattr(limits, f"max_{name}")
+        fields[name] |= {"maximum": most, "default": min(most, fields[name]["default"])}
     for name in ("prompt", "negative_prompt"):
         fields[name]["maxLength"] = limits.max_prompt_chars
     fields["size"]["pattern"] = "^(auto|[0-9]{1,6}x[0-9]{1,6})$"

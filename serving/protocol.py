@@ -11,10 +11,10 @@ import binascii
 import json
 import secrets
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from serving.config import Limits
 from serving.pictures import BadPicture, read_picture
@@ -48,6 +48,14 @@ class Busy(Exception):
     """Every place in the replicas and in the queue is taken."""
 
 
+def _whole(value: Any) -> Any:
+    """Return 20 for 20.0: the same number in JSON, whatever wrote it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class _Request(BaseModel):
     """Fields that both routes take."""
 
@@ -55,21 +63,21 @@ class _Request(BaseModel):
 
     prompt: str = Field(description="What to draw. What the tokenizer cuts off is told in `warnings`.")
     model: str | None = Field(None, description="A name that /v1/models lists.")
-    n: int = Field(1, ge=1, description="Number of pictures; picture i uses seed + i.")
+    n: Whole = Field(1, ge=1, description="Number of pictures; picture i uses seed + i.")
     size: str | None = Field(
         None, description="WIDTHxHEIGHT, multiples of 8; omitted or `auto`: the model's native size."
     )
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(100, ge=0, le=100, description="Quality of jpeg and webp; png is lossless.")
+    output_compression: Whole = Field(100, ge=0, le=100, description="Quality of jpeg and webp; png is lossless.")
     stream: bool = Field(False, description="Send server-sent events with partial pictures.")
-    partial_images: int = Field(0, ge=0, le=3, description="Partial pictures per picture, with `stream`.")
+    partial_images: Whole = Field(0, ge=0, le=3, description="Partial pictures per picture, with `stream`.")
     user: str | None = Field(None, max_length=512, description="Accepted and ignored.")
     negative_prompt: str = Field("", description="What not to draw.")
-    num_inference_steps: int = Field(50, ge=1, description="DDIM steps.")
+    num_inference_steps: Whole = Field(50, ge=1, description="DDIM steps.")
     guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance.")
     adapter_scale: float = Field(0.5, ge=0, description="Weight of the reference sketch, the paper's alpha.")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Omitted: drawn at random, and returned.")
+    seed: Whole | None = Field(None, ge=0, le=MAX_SEED, description="Omitted: drawn at random, and returned.")
 
 
 class GenerationRequest(_Request):
@@ -98,6 +106,34 @@ class ImagesResponse(BaseModel):
     data: list[ImageData]
     size: str
     output_format: str
+    warnings: list[str]
+
+
+class PartialEvent(BaseModel):
+    """Event of a stream: a partial picture."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    b64_json: str
+    partial_image_index: int
+    seed: int
+    created_at: int
+    size: str
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: Literal["auto"]
+    background: Literal["opaque"]
+
+
+class CompletedEvent(BaseModel):
+    """Event of a stream: a finished picture."""
+
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    b64_json: str
+    seed: int
+    created_at: int
+    size: str
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: Literal["auto"]
+    background: Literal["opaque"]
     warnings: list[str]
 
 
@@ -166,19 +202,23 @@ def parse_request(
     """Return a checked request and its recipe, without a reference from `values`' file part; ApiError 400 otherwise.
 
     `values` are the fields of a JSON object or of a form; null means omitted. `native_size` is used when `size` is
-    omitted, `factor` is the number of pixels that sides must be multiples of.
+    omitted, `factor` is the number of pixels that sides must be multiples of. A default beyond a limit is the limit.
     """
     request = _validate(cls, values)
     for name in ("prompt", "negative_prompt"):
         _check_text(name, getattr(request, name), limits.max_prompt_chars)
+    numbers = {}
     for name, most in (
         ("n", limits.max_n),
         ("num_inference_steps", limits.max_num_inference_steps),
         ("guidance_scale", limits.max_guidance_scale),
         ("adapter_scale", limits.max_adapter_scale),
     ):
-        if getattr(request, name) > most:
-            raise _invalid(name, f"{name} must be at most {most} on this server, got {getattr(request, name)}.")
+        numbers[name] = getattr(request, name)
+        if numbers[name] > most:
+            if name in request.model_fields_set:
+                raise _invalid(name, f"{name} must be at most {most} on this server, got {numbers[name]}.")
+            numbers[name] = most
     if request.partial_images and not request.stream:
         raise _invalid("partial_images", "partial_images needs stream: true.")
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
@@ -187,12 +227,9 @@ def parse_request(
     recipe = Recipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        adapter_scale=request.adapter_scale,
         seed=seed,
         size=_parse_size(request.size, native_size, factor, limits),
-        n=request.n,
+        **numbers,
     )
     return request, recipe
 
