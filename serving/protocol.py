@@ -77,7 +77,9 @@ class _Request(BaseModel):
     num_inference_steps: Whole = Field(50, ge=1, description="DDIM steps.")
     guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance.")
     adapter_scale: float = Field(0.5, ge=0, description="Weight of the reference sketch, the paper's alpha.")
-    seed: Whole | None = Field(None, ge=0, le=MAX_SEED, description="Omitted: drawn at random, and returned.")
+    seed: Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None = Field(
+        None, description="Omitted: drawn at random, and returned."
+    )
 
 
 class GenerationRequest(_Request):

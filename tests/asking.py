@@ -40,6 +40,7 @@ class FakeBackend:
         self.hold: asyncio.Event | None = None
         self.fail: Exception | None = None
         self.fail_after = 0
+        self.noise = False  # in place of one colour
         self.down: str | None = None
         self.closed = 0
         self.speed = 0.0
@@ -64,7 +65,10 @@ class FakeBackend:
             for number, (partial, i) in enumerate(product([*range(job.partial_images), None], range(job.recipe.n))):
                 if self.fail is not None and number >= self.fail_after:
                     raise self.fail
-                image, seed = Image.new("RGB", job.recipe.size or (1, 1), (i, 0, 0)), job.recipe.seed + i
+                size, seed = job.recipe.size or (1, 1), job.recipe.seed + i
+                image = (Image.effect_noise(size, 50) if self.noise else Image.new("RGB", size, (i, 0, 0))).convert(
+                    "RGB"
+                )
                 data = write_picture(image, job.output_format, job.output_compression, {"seed": seed})
                 yield Picture(data=data, seed=seed, partial=partial)
         finally:
