@@ -11,10 +11,10 @@ import binascii
 import json
 import secrets
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.config import Limits
 from serving.pictures import BadPicture, read_picture
@@ -48,14 +48,6 @@ class Busy(Exception):
     """Every place in the replicas and in the queue is taken."""
 
 
-def _whole(value: Any) -> Any:
-    """Return 20 for 20.0: the same number in JSON, whatever wrote it."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-
-
 class _Request(BaseModel):
     """Fields that both routes take."""
 
@@ -63,23 +55,21 @@ class _Request(BaseModel):
 
     prompt: str = Field(description="What to draw. What the tokenizer cuts off is told in `warnings`.")
     model: str | None = Field(None, description="A name that /v1/models lists.")
-    n: Whole = Field(1, ge=1, description="Number of pictures; picture i uses seed + i.")
+    n: int = Field(1, ge=1, description="Number of pictures; picture i uses seed + i.")
     size: str | None = Field(
         None, description="WIDTHxHEIGHT, multiples of 8; omitted or `auto`: the model's native size."
     )
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: Whole = Field(100, ge=0, le=100, description="Quality of jpeg and webp; png is lossless.")
+    output_compression: int = Field(100, ge=0, le=100, description="Quality of jpeg and webp; png is lossless.")
     stream: bool = Field(False, description="Send server-sent events with partial pictures.")
-    partial_images: Whole = Field(0, ge=0, le=3, description="Partial pictures per picture, with `stream`.")
+    partial_images: int = Field(0, ge=0, le=3, description="Partial pictures per picture, with `stream`.")
     user: str | None = Field(None, max_length=512, description="Accepted and ignored.")
     negative_prompt: str = Field("", description="What not to draw.")
-    num_inference_steps: Whole = Field(50, ge=1, description="DDIM steps.")
+    num_inference_steps: int = Field(50, ge=1, description="DDIM steps.")
     guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance.")
     adapter_scale: float = Field(0.5, ge=0, description="Weight of the reference sketch, the paper's alpha.")
-    seed: Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None = Field(
-        None, description="Omitted: drawn at random, and returned."
-    )
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Omitted: drawn at random, and returned.")
 
 
 class GenerationRequest(_Request):
@@ -286,13 +276,18 @@ def _validate(cls: type[_Request], values: dict[str, Any]) -> _Request:
         if name not in cls.model_fields:
             _refuse_unknown(name)
     try:
-        return cls.model_validate({name: value for name, value in values.items() if value is not None})
+        return cls.model_validate({name: _whole(value) for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
         got = "" if first["type"] == "missing" else f" Got {str(first['input'])[:100]!r}."
         raise _invalid(param, f"{param}: {first['msg']}.{got}", code=code) from None
+
+
+def _whole(value: Any) -> Any:
+    """Return 20 for 20.0: the same number in JSON, whatever wrote it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_unknown(name: str) -> None:

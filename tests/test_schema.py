@@ -78,3 +78,10 @@ def test_what_the_document_allows_is_drawn(route: str, server: str) -> None:
     check()
     assert len(statuses) >= 10
     assert set(statuses) == {200}
+
+
+@pytest.mark.soak
+@api.parametrize()
+@hypothesis.settings(max_examples=2000)
+def test_every_answer_of_thousands_is_one_that_the_document_says(case: schemathesis.Case, server: str) -> None:
+    case.call_and_validate(server, headers=KEY, excluded_checks=[positive_data_acceptance])
