@@ -54,11 +54,12 @@ def test_every_answer_is_one_that_the_document_says(case: schemathesis.Case, ser
     case.call_and_validate(server, headers=KEY, excluded_checks=[positive_data_acceptance])
 
 
+@pytest.mark.parametrize("examples", [15, pytest.param(500, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("route", [GENERATIONS, EDITS])
-def test_what_the_document_allows_is_drawn(route: str, server: str) -> None:
+def test_what_the_document_allows_is_drawn(route: str, examples: int, server: str) -> None:
     statuses = []
 
-    @hypothesis.settings(api.config.get_hypothesis_settings(), max_examples=15)
+    @hypothesis.settings(api.config.get_hypothesis_settings(), max_examples=examples)
     @hypothesis.given(case=api[route]["POST"].as_strategy(GenerationMode.POSITIVE))
     def check(case: schemathesis.Case) -> None:
         """What a schema can't say is put right: the size's multiples, the picture, and how fields hang together."""
@@ -80,8 +81,9 @@ def test_what_the_document_allows_is_drawn(route: str, server: str) -> None:
     assert set(statuses) == {200}
 
 
+# without the forms: their broken variants are refused by schemathesis itself now and then ("Unsupported type: Binary")
 @pytest.mark.soak
-@api.parametrize()
+@api.exclude(path=EDITS).parametrize()
 @hypothesis.settings(max_examples=2000)
 def test_every_answer_of_thousands_is_one_that_the_document_says(case: schemathesis.Case, server: str) -> None:
     case.call_and_validate(server, headers=KEY, excluded_checks=[positive_data_acceptance])
