@@ -224,7 +224,8 @@ def test_beyond_the_queue_the_answer_is_429_at_once(server: httpx.Client) -> Non
                 time.sleep(0.05)
             assert [answer.status_code for answer in refused] == [429] * 5, [answer.text for answer in refused]
             assert all(answer.json()["error"]["code"] == "queue_full" for answer in refused)
-            assert all(answer.headers["retry-after"] == "5" for answer in refused)
+            waits = [int(answer.headers["retry-after"]) for answer in refused]
+            assert min(waits) >= 2, waits  # for the 3996 steps under way, at the speed measured at the start
             assert server.get("/health").status_code == 200
         assert sorted(call.result().status_code for call in calls) == [200] + [429] * 5  # the one that waited is served
 
