@@ -93,7 +93,7 @@ def _limited(model: type[BaseModel], limits: Limits) -> dict[str, Any]:
         most = getattr(limits, f"max_{name}")
         fields[name] |= {"maximum": most, "default": min(most, fields[name]["default"])}
     for name in ("prompt", "negative_prompt"):
-        fields[name]["maxLength"] = limits.max_prompt_chars
+        fields[name] |= {"maxLength": limits.max_prompt_chars, "pattern": "^[^\\x00]*$"}  # no NUL
     fields["size"]["pattern"] = "^(auto|[0-9]{1,6}x[0-9]{1,6})$"
     if "image" in fields:
         fields["image"] |= {"contentEncoding": "base64", "maxLength": (limits.max_image_bytes + 2) // 3 * 4}
