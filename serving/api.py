@@ -7,29 +7,30 @@ import base64
 import contextlib
 import dataclasses
 import json
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.datastructures import Headers
+from fastapi import FastAPI, Request, Security
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
 
-from serving import protocol
+from serving import openapi, protocol
 from serving.adapters import Adapters
 from serving.config import ServingConfig
+from serving.connection import EventStream, while_there
 from serving.gate import Gate, server_error
+from serving.metrics import Metrics
 from serving.page import studio
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
 from serving.rates import Rates
 from serving.worker import Event, Facts, Job, Picture, Started
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+ROUTES = (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics")  # counted by name
 EVENTS = {GENERATIONS: "image_generation", EDITS: "image_edit"}  # OpenAI's names of streamed events
 REPLY_S = 5.0  # how long /health waits for a first word of a replica
 
@@ -50,12 +51,15 @@ class Backend(Protocol):
         ...
 
 
-def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] | None) -> FastAPI:
+def create_api(
+    config: ServingConfig, backend: Backend, digests: frozenset[str] | None, *, request_ids: bool = True
+) -> FastAPI:
     """Return the app: routes of contract 3, every error as OpenAI's error object.
 
-    `digests` are those of the allowed keys (`serving/keys.py`); None asks for none.
+    `digests` are those of the allowed keys (`serving/keys.py`); None asks for none. `request_ids` puts the header
+    X-Request-ID into every answer; False behind Serve, whose proxy does it.
     """
-    metrics, adapters = _Metrics(), Adapters(config.adapter_folder)
+    metrics, adapters = Metrics(ROUTES), Adapters(config.adapter_folder)
     rates = Rates(concurrent=config.limits.max_concurrent_per_key, per_minute=config.limits.max_per_minute_per_key)
 
     async def busy(http: Request, error: Exception) -> Response:
@@ -68,16 +72,29 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
     async def told(http: Request, error: Exception) -> Response:
         """Answer with an error object, counted by its code."""
         assert isinstance(error, ApiError)
-        metrics.refused.labels(error.body["error"]["code"] or str(error.status)).inc()
+        metrics.refuse(error)
         return JSONResponse(error.body, error.status, headers=error.headers)
+
+    async def refused(http: Request, error: Exception) -> Response:
+        """Turn FastAPI's own refusals (unknown path, method, malformed form) into the error object."""
+        assert isinstance(error, HTTPException)
+        path = http.scope["path"][:200]
+        messages = {404: f"There is no {path} here.", 405: f"{http.method} is not allowed on {path}."}
+        message = messages.get(error.status_code, str(error.detail)[:500])
+        headers = dict(error.headers or {})
+        return await told(http, ApiError(error.status_code, message, headers=headers))
 
     api = FastAPI(
         title="AnimeSketch",
         description="Pictures in the style and content of a sketch. OpenAI Images is the dialect.",
         docs_url="/docs",
         redoc_url=None,
-        exception_handlers={ApiError: told, Busy: busy, HTTPException: _http_error},
+        exception_handlers={ApiError: told, Busy: busy, HTTPException: refused},
     )
+
+    bearer = HTTPBearer(auto_error=False, description="A key of the server's key file.")  # for /docs: the gate checks
+    locked = [] if digests is None else [Security(bearer)]
+    refusals = (400, 401, 413, 500, 503)
 
     @contextlib.asynccontextmanager
     async def place() -> AsyncIterator[None]:
@@ -104,15 +121,16 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
                 holder.enter_context(metrics.owed(await backend.facts(), job))
                 events = backend.generate(job)
                 holder.push_async_callback(events.aclose)
-                first = await anext(events)  # Started: only now is it known that there is a place
+                # Started: only now is it known that there is a place
+                first: Event = await while_there(http, anext(events))  # type: ignore[arg-type]
             if not isinstance(first, Started):
                 raise TypeError(f"A job begins with Started, got {type(first).__name__}.")
             warnings += first.warnings
             if request.stream:
-                body = stream(events, http, job, warnings, started)
-                return _EventStream(body, holder.pop_all(), config.limits.send_timeout_s)
+                body = stream(events, http, route, job, warnings, started)
+                return EventStream(body, holder.pop_all(), config.limits.send_timeout_s)
             async with asyncio.timeout_at(_deadline(config, started)):
-                pictures = [event async for event in events if isinstance(event, Picture) and event.partial is None]
+                pictures = await while_there(http, _finished(events))
             metrics.done(route, len(pictures), time.monotonic() - started)
             return JSONResponse(
                 {
@@ -134,12 +152,13 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         rules: Any = {"native_size": facts.native_size, "factor": facts.size_multiple, "limits": config.limits}
         if route == GENERATIONS:
             _content_type(http, "application/json")
-            values = protocol.parse_json(await http.body())
+            values = protocol.parse_json(await http.body(), config.limits)
             request, recipe = protocol.parse_request(GenerationRequest, values, **rules)
             text = request.image  # type: ignore[attr-defined]
             data = None if text is None else protocol.decode_base64(text, config.limits)
         else:
             _content_type(http, "multipart/form-data")
+            _utf8(http)
             async with http.form(max_files=4, max_fields=64) as form:
                 values, file = protocol.form_fields(form.multi_items())
                 request, recipe = protocol.parse_request(EditRequest, values, **rules)
@@ -173,10 +192,10 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         return request, job, warnings
 
     async def stream(
-        events: AsyncGenerator[Event], http: Request, job: Job, warnings: tuple[str, ...], started: float
+        events: AsyncGenerator[Event], http: Request, route: str, job: Job, warnings: tuple[str, ...], started: float
     ) -> AsyncIterator[bytes]:
         """Yield server-sent events: previews, each finished picture, or an error that came after the first byte."""
-        route, pictures, first = http.url.path, 0, True
+        pictures, first = 0, True
         shared = {"size": _size(job), "output_format": job.output_format, "quality": "auto", "background": "opaque"}
         try:
             while True:
@@ -203,19 +222,23 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         except ApiError as error:
             yield _sse("error", error.body)
         except Exception:
-            yield _sse("error", server_error(Headers(scope=http.scope)).body)
+            yield _sse("error", server_error(http.scope).body)
 
-    @api.post(GENERATIONS, openapi_extra=_body("application/json", GenerationRequest), responses=_RESPONSES)
+    body = openapi.json_body(GenerationRequest, config.limits)
+
+    @api.post(GENERATIONS, openapi_extra=body, responses=openapi.pictures(), dependencies=locked)
     async def generations(http: Request) -> Response:
         """Pictures for a prompt, and for a reference sketch when `image` holds one."""
         return await answer(http, GENERATIONS)
 
-    @api.post(EDITS, openapi_extra=_body("multipart/form-data", EditRequest, file=True), responses=_RESPONSES)
+    form = openapi.form_body(EditRequest, config.limits)
+
+    @api.post(EDITS, openapi_extra=form, responses=openapi.pictures(), dependencies=locked)
     async def edits(http: Request) -> Response:
         """Pictures for a prompt and the reference sketch `image`, a file."""
         return await answer(http, EDITS)
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", responses=openapi.responses(protocol.ModelList, *refusals), dependencies=locked)
     async def models() -> Response:
         """The models of this server: adapters of one base."""
         facts = await backend.facts()
@@ -223,7 +246,7 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         model = {"object": "model", "created": 0, "owned_by": "animesketch", **_describe(facts)}
         return JSONResponse({"object": "list", "data": [{"id": name, **model} for name in names]})
 
-    @api.get("/health")
+    @api.get("/health", responses=openapi.responses(protocol.Health, 400, 413, 500, 503))
     async def health() -> Response:
         """200 when pictures can be asked for, 503 when not. Needs no key."""
         try:
@@ -242,77 +265,13 @@ def create_api(config: ServingConfig, backend: Backend, digests: frozenset[str] 
         """A page that draws by this API."""
         return studio()
 
-    @api.get("/metrics")
+    @api.get("/metrics", response_class=PlainTextResponse, responses=openapi.text(*refusals), dependencies=locked)
     async def prometheus() -> Response:
         """Counters of this ingress replica, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    api.add_middleware(Gate, limits=config.limits, digests=digests, count=metrics.count)
+    api.add_middleware(Gate, limits=config.limits, digests=digests, metrics=metrics, request_ids=request_ids)
     return api
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events that hold `holder` until they end.
-
-    They end too when the client left before the first one, or takes longer than `send_timeout_s` to take one.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], holder: contextlib.AsyncExitStack, send_timeout_s: float) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._holder = holder
-        self._send_timeout_s = send_timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await send(message)
-            except TimeoutError:
-                raise ClientDisconnect from None  # it is there, but reads nothing: no different for the others
-
-        async with self._holder:
-            await super().__call__(scope, receive, in_time)
-
-
-class _Metrics:
-    """Counters in a registry of their own, so that two apps in one process don't collide."""
-
-    def __init__(self) -> None:
-        self.active = 0
-        self._owed, self._speed = 0.0, 0.0  # steps of a picture; and of them, what a replica takes in a second
-        self.registry = CollectorRegistry()
-        one: Any = {"registry": self.registry}
-        self.responses = Counter("animesketch_http_responses", "Answers.", ["route", "status"], **one)
-        self.refused = Counter("animesketch_http_refused", "Requests refused, by the error's code.", ["code"], **one)
-        self.first = Histogram("animesketch_first_partial_seconds", "Time to a stream's first picture.", **one)
-        self.pictures = Counter("animesketch_pictures", "Finished pictures.", ["route"], **one)
-        self.seconds = Histogram("animesketch_request_seconds", "Time of finished requests.", ["route"], **one)
-        self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
-
-    @contextlib.contextmanager
-    def owed(self, facts: Facts, job: Job) -> Iterator[None]:
-        """Count the steps of a job, in pictures of the native size, as under way while the block runs."""
-        recipe, (width, height) = job.recipe, facts.native_size
-        area = math.prod(recipe.size or facts.native_size) / (width * height)
-        steps = recipe.n * recipe.num_inference_steps * area
-        self._speed = facts.steps_per_second
-        self._owed += steps
-        try:
-            yield
-        finally:
-            self._owed -= steps
-
-    def drained_in(self, replicas: int) -> int | None:
-        """Return the seconds in which what is under way will be done, 1 at least; None where nobody knows."""
-        return max(1, math.ceil(self._owed / (self._speed * replicas))) if self._speed else None
-
-    def count(self, path: str, status: int) -> None:
-        known = path in (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics")
-        self.responses.labels(path if known else "other", str(status)).inc()
-
-    def done(self, route: str, pictures: int, seconds: float) -> None:
-        self.pictures.labels(route).inc(pictures)
-        self.seconds.labels(route).observe(seconds)
 
 
 def _deadline(config: ServingConfig, started: float) -> float:
@@ -323,6 +282,18 @@ def _content_type(http: Request, wanted: str) -> None:
     got = http.headers.get("content-type", "")
     if got.partition(";")[0].strip().lower() != wanted:
         raise ApiError(400, f"Content-Type must be {wanted}, got {got[:100]!r}.", code="unsupported_content_type")
+
+
+def _utf8(http: Request) -> None:
+    """Refuse a form in another encoding: Python has some that take hours, and some that are none of text."""
+    _, options = parse_options_header(http.headers["content-type"])  # as the form's parser reads it
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise ApiError(400, f"A form must be UTF-8, got charset {charset[:50]!r}.", code="unsupported_charset")
+
+
+async def _finished(events: AsyncGenerator[Event]) -> list[Picture]:
+    return [event async for event in events if isinstance(event, Picture) and event.partial is None]
 
 
 def _b64(data: bytes) -> str:
@@ -354,37 +325,3 @@ def _timeout(config: ServingConfig) -> ApiError:
 
 def _retry_after(config: ServingConfig) -> dict[str, str]:
     return {"Retry-After": str(config.retry_after_s)}
-
-
-async def _http_error(http: Request, error: Exception) -> Response:
-    """Turn FastAPI's own refusals (unknown path, method, malformed form) into the error object."""
-    assert isinstance(error, HTTPException)
-    path = http.url.path[:200]
-    messages = {404: f"There is no {path} here.", 405: f"{http.method} is not allowed on {path}."}
-    answer = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)[:500]))
-    return JSONResponse(answer.body, error.status_code, headers=error.headers)
-
-
-def _body(content_type: str, model: type, *, file: bool = False) -> dict[str, Any]:
-    """Return the OpenAPI entry of a body that the route parses itself."""
-    schema = model.model_json_schema()  # type: ignore[attr-defined]
-    if file:
-        schema["properties"]["image"] = {"type": "string", "format": "binary", "description": "Reference sketch."}
-        schema["required"] = [*schema["required"], "image"]
-    return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
-
-
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": protocol.ImagesResponse},
-    **{
-        status: {"model": protocol.ErrorResponse, "description": text}
-        for status, text in {
-            400: "A field is wrong; `param` names it",
-            401: "No or a wrong key",
-            413: "The body is too large",
-            429: "Every place is taken; `Retry-After` says when to try again",
-            500: "The server failed",
-            503: "No replica, or no result in time",
-        }.items()
-    },
-}

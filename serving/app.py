@@ -200,7 +200,7 @@ class SketchIngress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP interface; built here, in the replica, so that it need not be pickled."""
-        return create_api(self.config, ServeBackend(self.config, self.replicas), self.digests)
+        return create_api(self.config, ServeBackend(self.config, self.replicas), self.digests, request_ids=False)
 
 
 def build(args: dict) -> serve.Application:

@@ -1,36 +1,41 @@
-"""What every request passes before a route sees it: the key, the encoding, and a bound on size and time of its body."""
+"""What every request passes before a route sees it: a name, the key, the encoding, and bounds on its body."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import uuid
-from collections.abc import Callable
 
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import Limits
 from serving.keys import find_key, is_foreign
+from serving.metrics import Metrics
 from serving.protocol import ApiError
 
 log = logging.getLogger("ray.serve")  # Serve's own logger, so that lines land in the replica's log
 OPEN = ("/health",)  # routes that need no key
 PAGES = ("/studio", "/docs")  # those that people open: their browser asks them for the key
+REQUEST_ID = "X-Request-ID"
+_CLIENTS_OWN = re.compile(r"[!-~]{1,128}")  # visible ASCII: nothing that breaks a line of a log or a header
 
 
 class Gate:
-    """ASGI middleware. Refusals are OpenAI's error object; what comes later is counted by `count(path, status)`."""
+    """ASGI middleware. Refusals are OpenAI's error object; each is counted by its reason, each answer by its status."""
 
     def __init__(
-        self, app: ASGIApp, *, limits: Limits, digests: frozenset[str] | None, count: Callable[[str, int], None]
+        self, app: ASGIApp, *, limits: Limits, digests: frozenset[str] | None, metrics: Metrics, request_ids: bool
     ) -> None:
+        """`digests` and `request_ids` as in `serving.api.create_api`."""
         self.app = app
         self.limits = limits
         self.digests = digests
-        self.count = count
+        self.metrics = metrics
+        self.request_ids = request_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, or pass it on with a `receive` that raises ApiError when the body breaks a limit."""
@@ -38,32 +43,41 @@ class Gate:
             await self.app(scope, receive, send)
             return
 
-        begun = False
+        headers = Headers(scope=scope)
+        own = headers.get(REQUEST_ID, "")
+        request_id = own if _CLIENTS_OWN.fullmatch(own) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        body, begun = _Body(receive, headers, self.limits), False
 
-        async def counted(message: Message) -> None:
+        async def answered(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                self.count(scope["path"], message["status"])
+                self.metrics.answered(scope["path"], message["status"])
+                reply = MutableHeaders(scope=message)
+                if self.request_ids:
+                    reply[REQUEST_ID] = request_id
+                if body.endless:
+                    reply["Connection"] = "close"  # else the server would read and throw away what is still to come
             await send(message)
 
         try:
-            self._check(scope)
+            self._check(scope, headers, body)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, counted)
+            self.metrics.refuse(error)
+            await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, answered)
             return
         try:
-            await self.app(scope, self._bounded(receive), counted)
+            await self.app(scope, body.receive, answered)
         except ClientDisconnect:
-            return  # while it sent its body: nobody is left to answer
+            self.metrics.left.inc()  # nobody is there to answer
         except Exception:
-            error = server_error(Headers(scope=scope))
+            error = server_error(scope)
             if begun:  # the status is out: break the connection, so that the client sees the answer is cut off
                 raise
-            await JSONResponse(error.body, error.status)(scope, receive, counted)
+            await JSONResponse(error.body, error.status)(scope, receive, answered)
 
-    def _check(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
+    def _check(self, scope: Scope, headers: Headers, body: _Body) -> None:
         if self.digests is not None and scope["path"] not in OPEN:
             if is_foreign(scope["method"], headers):
                 raise ApiError(
@@ -77,48 +91,62 @@ class Gate:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": 'Basic realm="AnimeSketch"' if scope["path"] in PAGES else "Bearer"},
                 )
-            scope.setdefault("state", {})["key"] = key
+            scope["state"]["key"] = key
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(
                 400, "Send the body as it is: Content-Encoding is not supported.", code="unsupported_encoding"
             )
+        if body.declared is None:
+            raise ApiError(400, "Content-Length must be a number.", code="invalid_content_length")
+        if body.declared > self.limits.max_body_bytes:
+            raise body.too_large()
+
+
+class _Body:
+    """The body of a request, with a limit on its bytes, which a chunked one does not declare, and on its time."""
+
+    def __init__(self, receive: Receive, headers: Headers, limits: Limits) -> None:
+        self._receive, self._limits = receive, limits
+        self._read, self._complete, self._late = 0, False, False
+        self._chunked = "transfer-encoding" in headers
+        self._deadline = asyncio.get_running_loop().time() + limits.body_timeout_s
         length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()):
-            raise ApiError(400, "Content-Length must be a number.")
-        if len(length) > 15 or int(length) > self.limits.max_body_bytes:
-            raise self._too_large()
+        # by its header, 0 without one; None for one that is no number
+        self.declared = int(length[:16]) if length.isascii() and length.isdigit() else None
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """Return `receive` with a limit on the body's bytes, which a chunked body does not declare, and on its time."""
-        read, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.limits.body_timeout_s
+    @property
+    def endless(self) -> bool:
+        """Whether more may come than this server would read."""
+        if self._complete:
+            return False
+        return self._chunked or self._late or (self.declared or 0) > self._limits.max_body_bytes
 
-        async def bounded() -> Message:
-            nonlocal read, complete
-            if complete:  # nothing but a disconnect can come, however late
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                seconds = self.limits.body_timeout_s
-                raise ApiError(408, f"The body took more than {seconds:g} seconds.", code="body_timeout") from None
-            if message["type"] == "http.request":
-                read += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
-                if read > self.limits.max_body_bytes:
-                    raise self._too_large()
-            return message
+    async def receive(self) -> Message:
+        """Return the next message of the client. ApiError 413 and 408 beyond the limits."""
+        if self._complete:  # nothing but a disconnect can come, however late
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self._late = True
+            seconds = self._limits.body_timeout_s
+            raise ApiError(408, f"The body took more than {seconds:g} seconds.", code="body_timeout") from None
+        if message["type"] == "http.request":
+            self._read += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._read > self._limits.max_body_bytes:
+                raise self.too_large()
+        return message
 
-        return bounded
-
-    def _too_large(self) -> ApiError:
-        most = self.limits.max_body_bytes
+    def too_large(self) -> ApiError:
+        """Return the refusal of a body beyond the limit."""
+        most = self._limits.max_body_bytes
         return ApiError(413, f"The body is larger than this server's limit of {most} bytes.", code="body_too_large")
 
 
-def server_error(headers: Headers) -> ApiError:
+def server_error(scope: Scope) -> ApiError:
     """Log the exception being handled, and return the answer that says where to look: not what went wrong."""
-    request_id = headers.get("x-request-id", uuid.uuid4().hex)[:128].encode("unicode_escape").decode()
+    request_id = scope["state"]["request_id"]
     log.exception("Request %s failed.", request_id)
     return ApiError(500, f"The server failed. Its log has the reason under request {request_id}.", type="server_error")

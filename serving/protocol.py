@@ -40,6 +40,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
+        message, param = _sendable(message), None if param is None else _sendable(param)
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -100,6 +101,60 @@ class ImagesResponse(BaseModel):
     warnings: list[str]
 
 
+class PartialEvent(BaseModel):
+    """Event of a stream: a partial picture."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    b64_json: str
+    partial_image_index: int
+    seed: int
+    created_at: int
+    size: str
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: Literal["auto"]
+    background: Literal["opaque"]
+
+
+class CompletedEvent(BaseModel):
+    """Event of a stream: a finished picture."""
+
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    b64_json: str
+    seed: int
+    created_at: int
+    size: str
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: Literal["auto"]
+    background: Literal["opaque"]
+    warnings: list[str]
+
+
+class Model(BaseModel):
+    """One model of a server."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    base: str
+    base_weights_hash: str
+    native_size: str
+    random_weights: bool
+
+
+class ModelList(BaseModel):
+    """Answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """Answer of /health."""
+
+    status: Literal["ok"]
+
+
 class ErrorBody(BaseModel):
     """OpenAI's error object."""
 
@@ -115,8 +170,13 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in `body`. ApiError 400 for anything else, duplicate keys, NaN, and endless nesting."""
+def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
+    """Return the JSON object in `body`. ApiError 400 for anything else, duplicate keys, NaN, and endless nesting.
+
+    What has more values than any request is refused before it is parsed: 16 MB of `[],` are ten seconds of work.
+    """
+    if sum(map(body.count, (b"[", b"{", b",", b":"))) > 2 * limits.max_prompt_chars + 2000:
+        raise ApiError(400, "The JSON body has more values than a request can have.", code="invalid_json")
     try:
         value = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
@@ -134,19 +194,23 @@ def parse_request(
     """Return a checked request and its recipe, without a reference from `values`' file part; ApiError 400 otherwise.
 
     `values` are the fields of a JSON object or of a form; null means omitted. `native_size` is used when `size` is
-    omitted, `factor` is the number of pixels that sides must be multiples of.
+    omitted, `factor` is the number of pixels that sides must be multiples of. A default beyond a limit is the limit.
     """
     request = _validate(cls, values)
     for name in ("prompt", "negative_prompt"):
         _check_text(name, getattr(request, name), limits.max_prompt_chars)
+    numbers = {}
     for name, most in (
         ("n", limits.max_n),
         ("num_inference_steps", limits.max_num_inference_steps),
         ("guidance_scale", limits.max_guidance_scale),
         ("adapter_scale", limits.max_adapter_scale),
     ):
-        if getattr(request, name) > most:
-            raise _invalid(name, f"{name} must be at most {most} on this server, got {getattr(request, name)}.")
+        numbers[name] = getattr(request, name)
+        if numbers[name] > most:
+            if name in request.model_fields_set:
+                raise _invalid(name, f"{name} must be at most {most} on this server, got {numbers[name]}.")
+            numbers[name] = most
     if request.partial_images and not request.stream:
         raise _invalid("partial_images", "partial_images needs stream: true.")
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
@@ -155,12 +219,9 @@ def parse_request(
     recipe = Recipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        adapter_scale=request.adapter_scale,
         seed=seed,
         size=_parse_size(request.size, native_size, factor, limits),
-        n=request.n,
+        **numbers,
     )
     return request, recipe
 
@@ -215,13 +276,18 @@ def _validate(cls: type[_Request], values: dict[str, Any]) -> _Request:
         if name not in cls.model_fields:
             _refuse_unknown(name)
     try:
-        return cls.model_validate({name: value for name, value in values.items() if value is not None})
+        return cls.model_validate({name: _whole(value) for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
         got = "" if first["type"] == "missing" else f" Got {str(first['input'])[:100]!r}."
         raise _invalid(param, f"{param}: {first['msg']}.{got}", code=code) from None
+
+
+def _whole(value: Any) -> Any:
+    """Return 20 for 20.0: the same number in JSON, whatever wrote it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_unknown(name: str) -> None:
@@ -258,6 +324,11 @@ def _parse_size(size: str | None, native_size: tuple[int, int], factor: int, lim
             f"{limits.max_pixels} on this server, got {w}x{h}.",
         )
     return w, h
+
+
+def _sendable(text: str) -> str:
+    """Return `text` as valid Unicode: JSON can name a field by half of a surrogate pair, which no UTF-8 can say."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _invalid(param: str | None, message: str, *, code: str = "invalid_value") -> ApiError:

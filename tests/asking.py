@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
+import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from itertools import product
 from typing import Any
 
 import httpx
+import uvicorn
 from PIL import Image
 
-from serving.api import create_api
+from serving.api import Backend, create_api
 from serving.config import Limits, ServingConfig
 from serving.pictures import write_picture
 from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, Picture, Started
+from serving.worker import Event, Facts, Job, Picture, Started, Worker
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 JSON = {"Content-Type": "application/json"}
@@ -26,12 +30,17 @@ CONFIG = ServingConfig(adapter="/a", limits=LIMITS, max_queued_requests=1, max_o
 
 
 class FakeBackend:
-    """Answers with flat pictures; keeps the jobs it got. `hold` makes a job wait, `fail` makes it raise."""
+    """Answers with flat pictures; keeps the jobs it got. `hold` makes a job wait, `fail` makes it raise.
+
+    It fails before its first picture, or after `fail_after` of them.
+    """
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.hold: asyncio.Event | None = None
         self.fail: Exception | None = None
+        self.fail_after = 0
+        self.noise = False  # in place of one colour
         self.down: str | None = None
         self.closed = 0
         self.speed = 0.0
@@ -53,17 +62,55 @@ class FakeBackend:
             yield Started(warnings=("told by the replica",))
             if self.hold is not None:
                 await self.hold.wait()
-            if self.fail is not None:
-                raise self.fail
-            for partial in [*range(job.partial_images), None]:
-                for i in range(job.recipe.n):
-                    image = Image.new("RGB", job.recipe.size or (1, 1), (i, 0, 0))
-                    data = write_picture(
-                        image, job.output_format, job.output_compression, {"seed": job.recipe.seed + i}
-                    )
-                    yield Picture(data=data, seed=job.recipe.seed + i, partial=partial)
+            for number, (partial, i) in enumerate(product([*range(job.partial_images), None], range(job.recipe.n))):
+                if self.fail is not None and number >= self.fail_after:
+                    raise self.fail
+                size, seed = job.recipe.size or (1, 1), job.recipe.seed + i
+                image = (Image.effect_noise(size, 50) if self.noise else Image.new("RGB", size, (i, 0, 0))).convert(
+                    "RGB"
+                )
+                data = write_picture(image, job.output_format, job.output_compression, {"seed": seed})
+                yield Picture(data=data, seed=seed, partial=partial)
         finally:
             self.closed += 1
+
+
+class EngineBackend:
+    """A real engine, as a replica has it, without Serve."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    async def facts(self) -> Facts:
+        return self.worker.facts()
+
+    async def trouble(self) -> str | None:
+        return None
+
+    def generate(self, job: Job) -> AsyncGenerator[Event]:
+        return self.worker.generate(job)
+
+
+@contextmanager
+def listening(
+    backend: Backend, config: ServingConfig = CONFIG, digests: frozenset[str] | None = None, http: str = "httptools"
+) -> Iterator[int]:
+    """A port of 127.0.0.1 where the interface is served by uvicorn, as Serve's proxy does, with that HTTP parser."""
+    how: Any = {"log_level": "critical", "lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(
+        uvicorn.Config(create_api(config, backend, digests), host="127.0.0.1", port=0, http=http, **how)  # type: ignore[arg-type]
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @asynccontextmanager

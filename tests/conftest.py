@@ -113,3 +113,11 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "twin"
     make_twin(folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter of `twin` with random weights, wide enough that a reference changes the picture."""
+    from tests.servers import save_adapter
+
+    return save_adapter(str(twin), tmp_path_factory.mktemp("run") / "adapter")

@@ -90,6 +90,34 @@ def test_a_page_of_another_site_cannot_use_the_browsers_password() -> None:
     assert status("POST", key) == 200  # curl
 
 
+def test_refusals_are_counted_by_their_reason_wherever_they_are_made() -> None:
+    digests = frozenset({hashlib.sha256(b"right").hexdigest()})
+
+    async def main() -> str:
+        async with client(FakeBackend(), CONFIG, digests) as http:
+            right = {"Authorization": "Bearer right"}
+            await http.post(GENERATIONS, json=GOOD)
+            await http.post(GENERATIONS, content=b"x" * 70_000, headers={**right, **JSON})
+            await http.post(GENERATIONS, json={**GOOD, "n": 0}, headers=right)
+            await http.get("/nowhere", headers=right)
+            await http.post(EDITS, content=b"--b\r\nx", headers={**right, "Content-Type": "multipart/form-data"})
+            return (await http.get("/metrics", headers=right)).text
+
+    metrics = asyncio.run(main())
+    for code in ("invalid_api_key", "body_too_large", "invalid_value", "404", "400"):
+        assert f'animesketch_http_refused_total{{code="{code}"}} 1.0' in metrics
+
+
+def test_the_document_says_which_routes_need_a_key() -> None:
+    digests = frozenset({hashlib.sha256(b"right").hexdigest()})
+    right = {"Authorization": "Bearer right"}
+    paths = ask("GET", "/openapi.json", digests=digests, headers=right).json()["paths"]
+    locked = {path: "security" in operation for path, item in paths.items() for operation in item.values()}
+    assert locked == {GENERATIONS: True, EDITS: True, "/v1/models": True, "/metrics": True, "/health": False}
+    open_to_all = ask("GET", "/openapi.json").json()
+    assert "security" not in str(open_to_all["paths"])
+
+
 def test_a_key_file_holds_digests_only(tmp_path: Any) -> None:
     file = tmp_path / "keys"
     digest = hashlib.sha256(b"k").hexdigest()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from serving.config import Limits, ServingConfig
 from serving.pictures import read_recipe
+from serving.protocol import ApiError, parse_json
 from serving.recipe import MAX_SEED
 from tests.asking import (
     EDITS,
@@ -118,8 +119,14 @@ def test_a_bad_field_is_named(field: str, value: Any, code: str) -> None:
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", None, "invalid_json"),
         (b'{"prompt": "a", "prompt": "b"}', "prompt", "duplicate_parameter"),
         (b'{"prompt": "\\ud800"}', "prompt", "invalid_value"),
+        (b'{"\\ud800": 1}', "\\ud800", "unknown_parameter"),
+        (b'{"\\ud800": 1, "\\ud800": 2}', "\\ud800", "duplicate_parameter"),
+        (b'{"prompt": "a", "user": "\\ud800"}', "user", "invalid_value"),
+        (b'{"prompt": "a", "guidance_scale": ' + b"9" * 400 + b"}", "guidance_scale", "invalid_value"),
         (b"[" * 10_000 + b"]" * 10_000, None, "invalid_json"),
         (b'{"prompt":' * 5000 + b"1" + b"}" * 5000, None, "invalid_json"),
+        (b"[" * 1400 + b"]" * 1400, None, "invalid_json"),  # few enough to be parsed
+        (b'{"prompt":' * 1400 + b"1" + b"}" * 1400, None, "invalid_json"),
         (b"{}", "prompt", "missing_required_parameter"),
         (b'{"prompt": null}', "prompt", "missing_required_parameter"),
     ],
@@ -127,6 +134,54 @@ def test_a_bad_field_is_named(field: str, value: Any, code: str) -> None:
 )
 def test_a_bad_json_body_is_refused(body: bytes, param: str | None, code: str) -> None:
     check_error(ask("POST", GENERATIONS, content=body, headers=JSON), 400, param, code)
+
+
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("json.loads", lambda *args, **options: pytest.fail("it was parsed"))
+    for values in (b"[[" + b"],[" * 4_000_000 + b"]]", b'{"":0' + b',"":0' * 2_000_000 + b"}", b"{" * 2_000_000):
+        with pytest.raises(ApiError, match="more values"):
+            parse_json(values, Limits())
+
+
+def test_a_prompt_of_nothing_but_commas_is_no_body_of_too_many_values() -> None:
+    backend = FakeBackend()
+    punctuation = {"prompt": "," * 500, "negative_prompt": "[" * 500, "user": ":" * 512}
+    assert ask("POST", GENERATIONS, backend=backend, json=punctuation).status_code == 200
+    assert backend.jobs[0].recipe.prompt == "," * 500
+
+
+def test_a_prompt_of_a_megabyte_is_refused_by_name() -> None:
+    config = ServingConfig(adapter="/a")
+    error = check_error(ask("POST", GENERATIONS, json={"prompt": "鉛" * 350_000}, config=config), 400, "prompt")
+    assert error["message"] == "prompt has 350000 characters, more than this server's limit of 4000."
+    form = {"prompt": "a" * 1_000_000}
+    files = {"image": ("a.png", picture())}
+    check_error(ask("POST", EDITS, data=form, files=files, config=config), 400, "prompt", "invalid_value")
+
+
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    backend = FakeBackend()
+    body = b'{"prompt": "a", "n": 2.0, "num_inference_steps": 2e1, "seed": 4.0, "guidance_scale": 7}'
+    assert ask("POST", GENERATIONS, backend=backend, content=body, headers=JSON).status_code == 200
+    recipe = backend.jobs[0].recipe
+    assert (recipe.n, recipe.num_inference_steps, recipe.seed, recipe.guidance_scale) == (2, 20, 4, 7.0)
+
+
+def test_a_default_beyond_a_servers_limit_is_the_limit() -> None:
+    backend = FakeBackend()
+    limits = Limits(max_num_inference_steps=20, max_guidance_scale=5.0)
+    config = ServingConfig(adapter="/a", limits=limits)
+    assert ask("POST", GENERATIONS, backend=backend, json=GOOD, config=config).status_code == 200
+    recipe = backend.jobs[0].recipe
+    assert (recipe.num_inference_steps, recipe.guidance_scale) == (20, 5.0)
+    error = check_error(
+        ask("POST", GENERATIONS, json={**GOOD, "num_inference_steps": 50}, config=config), 400, "num_inference_steps"
+    )
+    assert "at most 20" in error["message"]
+    schema = ask("GET", "/openapi.json", config=config).json()
+    for path, kind in ((GENERATIONS, "application/json"), (EDITS, "multipart/form-data")):
+        fields = schema["paths"][path]["post"]["requestBody"]["content"][kind]["schema"]["properties"]
+        assert fields["num_inference_steps"]["default"] == 20
 
 
 def test_other_refusals_of_the_interface() -> None:

@@ -26,16 +26,11 @@ from serving.app import MAX_ADAPTERS
 from serving.engine import Engine
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
-from tests.servers import processes, save_adapter, serving
+from tests.servers import processes, serving
 from trainer.adapter import WEIGHTS, Adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = {"prompt": "long", "num_inference_steps": 999, "n": 4}  # a minute and more on one core
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(str(twin), tmp_path_factory.mktemp("run") / "adapter")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +182,9 @@ def test_errors_come_as_openais_object(server: httpx.Client) -> None:
     for status, answer in answers:
         assert answer.status_code == status, answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    assert all(answer.headers["x-request-id"] for _, answer in answers)
+    assert len({answer.headers["x-request-id"] for _, answer in answers}) == len(answers)
+    named = server.get("/v1/models", headers={"X-Request-ID": "r-17"})
+    assert named.headers.get_list("x-request-id") == ["r-17"]  # Serve's proxy gives it, and the interface no second one
 
 
 def test_a_disconnect_frees_the_replica(server: httpx.Client) -> None:
@@ -223,8 +220,8 @@ def test_beyond_the_queue_the_answer_is_429_at_once(server: httpx.Client) -> Non
                 time.sleep(0.05)
             assert [answer.status_code for answer in refused] == [429] * 5, [answer.text for answer in refused]
             assert all(answer.json()["error"]["code"] == "queue_full" for answer in refused)
-            # seconds, from the steps under way and their measured time: the long one's are four thousand
-            assert all(int(answer.headers["retry-after"]) > 1 for answer in refused)
+            waits = [int(answer.headers["retry-after"]) for answer in refused]
+            assert min(waits) >= 2, waits  # for the 3996 steps under way, at the speed measured at the start
             assert server.get("/health").status_code == 200
         assert sorted(call.result().status_code for call in calls) == [200] + [429] * 5  # the one that waited is served
 

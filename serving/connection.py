@@ -1,0 +1,60 @@
+"""The client at the other end: what happens to a request when it leaves, or takes nothing of what it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+T = TypeVar("T")
+
+
+async def while_there(http: Request, work: Awaitable[T]) -> T:
+    """Return what `work` returns. ClientDisconnect when the client leaves first: `work` is cancelled then, and ended.
+
+    The body must have been read. Serve cancels the whole request by itself; other servers only tell who asks.
+    """
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(http))
+    try:
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _left(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that hold `holder` until they end.
+
+    They end too when the client left before the first one, or takes longer than `send_timeout_s` to take one.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], holder: contextlib.AsyncExitStack, send_timeout_s: float) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._holder = holder
+        self._send_timeout_s = send_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None  # it is there, but reads nothing: no different for the others
+
+        async with self._holder:
+            await super().__call__(scope, receive, in_time)

@@ -1,0 +1,62 @@
+"""Counters of one ingress, for Prometheus, and from them the seconds until a place is free."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from serving.protocol import ApiError
+from serving.worker import Facts, Job
+
+
+class Metrics:
+    """Counters in a registry of their own, so that two apps in one process don't collide."""
+
+    def __init__(self, routes: tuple[str, ...]) -> None:
+        """`routes` are counted by name, every other path as "other": names can't be made up from outside."""
+        self.active = 0
+        self._routes = routes
+        self._owed, self._speed = 0.0, 0.0  # steps of a picture; and of them, what a replica takes in a second
+        self.registry = CollectorRegistry()
+        one: Any = {"registry": self.registry}
+        self.responses = Counter("animesketch_http_responses", "Answers.", ["route", "status"], **one)
+        self.refused = Counter("animesketch_http_refused", "Requests refused, by the error's code.", ["code"], **one)
+        self.left = Counter("animesketch_clients_left", "Requests whose client left before the answer.", **one)
+        self.first = Histogram("animesketch_first_partial_seconds", "Time to a stream's first picture.", **one)
+        self.pictures = Counter("animesketch_pictures", "Finished pictures.", ["route"], **one)
+        self.seconds = Histogram("animesketch_request_seconds", "Time of finished requests.", ["route"], **one)
+        self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
+
+    @contextlib.contextmanager
+    def owed(self, facts: Facts, job: Job) -> Iterator[None]:
+        """Count the steps of a job, in pictures of the native size, as under way while the block runs."""
+        recipe, (width, height) = job.recipe, facts.native_size
+        area = math.prod(recipe.size or facts.native_size) / (width * height)
+        steps = recipe.n * recipe.num_inference_steps * area
+        self._speed = facts.steps_per_second
+        self._owed += steps
+        try:
+            yield
+        finally:
+            self._owed -= steps
+
+    def drained_in(self, replicas: int) -> int | None:
+        """Return the seconds in which what is under way will be done, 1 at least; None where nobody knows."""
+        return max(1, math.ceil(self._owed / (self._speed * replicas))) if self._speed else None
+
+    def answered(self, path: str, status: int) -> None:
+        """Count an answer."""
+        self.responses.labels(path if path in self._routes else "other", str(status)).inc()
+
+    def refuse(self, error: ApiError) -> None:
+        """Count a refusal by its reason."""
+        self.refused.labels(error.body["error"]["code"] or str(error.status)).inc()
+
+    def done(self, route: str, pictures: int, seconds: float) -> None:
+        """Count the pictures of a request that was answered with them."""
+        self.pictures.labels(route).inc(pictures)
+        self.seconds.labels(route).observe(seconds)
