@@ -54,7 +54,7 @@ def main(names: list[str]) -> int:
         there = ", ".join([*speeds, *finds])
         print(f"No benchmark {', '.join(sorted(unknown))}. There are: {there}.", file=sys.stderr)
         return 2
-    names = names or [*speeds, "duplicates", "text", "truth", "seams"]
+    names = names or [*speeds, "duplicates", "text", "truth", "seams", "ingress", "capacity"]
     _print_speeds([speeds[name] for name in names if name in speeds])
     for name in names:
         if name in finds:

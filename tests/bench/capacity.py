@@ -30,6 +30,7 @@ from trainer.base import MICRO
 REQUESTS = 40  # of a trial
 LONGEST, FIRST, GROWTH = 3.0, 0.4, 1.15  # times the unloaded time; load of the first trial; a trial to the next
 
+WAIT_S = 0.05  # of the peer, for a batch to fill up: it pays that alone too
 REPLICA = {
     "max_ongoing_requests": 1000,
     "ray_actor_options": {"num_cpus": 1},
@@ -41,7 +42,7 @@ class Counting:
     """An engine on the micro base that counts the pictures of its steps."""
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)  # the replicas are at work in turn
         base = load_backbone(str(MICRO))
         self.engine = Engine(base, new_adapter(base))
         self.seconds = step_seconds(self.engine, ONLY, 16)
@@ -82,7 +83,7 @@ class Batched(Counting):
         super().__init__()
         self.pool = ThreadPoolExecutor(1)
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.05)
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=WAIT_S)
     async def draw(self, recipes: list[Recipe]) -> list[int]:
         """Draw a batch of requests."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, self._draw, recipes)
@@ -114,22 +115,22 @@ def capacity() -> Iterator[str]:
         yield "| side | requests/s | 95 % within, times its own alone | times the mean | median | pictures a step |"
         yield "|---|---|---|---|---|---|"
         best: dict[str, list[float]] = {}
+        alone = {"ours": alone, "@serve.batch": alone + WAIT_S}
         for name, side in sides.items():
-            best[name] = [0.0, 0.0]
-            up = True
+            best[name], of_own, of_mean = [0.0, 0.0], alone[name], alone[name].mean()
+            held = [True, True]  # at every rate so far
             power = 0
-            while up or (min(best[name]) == 0 and power > -12):  # up to where both are broken, then down if need be
-                rate = FIRST * GROWTH**power / alone.mean()
+            while any(held) or (not all(best[name]) and power > -12):  # up to where both are broken, then down
+                rate = FIRST * GROWTH**power / of_mean
                 times, pictures = asyncio.run(trial(side, rate))
-                own, mean = np.quantile(times / alone, 0.95), np.quantile(times, 0.95) / alone.mean()
-                middle = np.median(times / alone)
+                own, mean = np.quantile(times / of_own, 0.95), np.quantile(times, 0.95) / of_mean
+                middle = np.median(times / of_own)
                 yield f"| {name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {middle:.2f} | {pictures:.2f} |"
                 for measure, worst in enumerate((own, mean)):
-                    if worst <= LONGEST:
+                    held[measure] &= worst <= LONGEST
+                    if held[measure] or (power < 0 and worst <= LONGEST):
                         best[name][measure] = max(best[name][measure], rate)
-                if up and min(own, mean) > LONGEST:
-                    up, power = False, 0
-                power += 1 if up else -1
+                power = power + 1 if any(held) else min(power, 0) - 1
         yield ""
         for what, ours, peers in zip(("its own time", "the mean time"), *best.values(), strict=True):
             yield f"Capacity, of {what} alone: {ours:.3f} against {peers:.3f} requests/s, {ours / peers:.2f} times."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,18 @@ from trainer.sd15 import BaseSizes, backbone_of
 
 def sampling(folder: Path) -> Iterator[Comparison]:
     """Yield the comparisons: one picture and four on the micro base, one on it compiled, one on a full-size base with
-    random weights and few steps."""
+    random weights and few steps. Each request has a prompt and a sketch of its own, unless the title says otherwise."""
     torch.set_num_threads(2)
     micro = load_backbone(str(MICRO))
     recipe = Recipe(prompt="a girl with long hair, line art", reference=sketch(), num_inference_steps=25)
     engine, stock = Engine(micro, adapter := new_adapter(micro)), stock_pipeline(micro, adapter, folder / "micro")
     yield versus("micro base", engine, stock, recipe)
+    yield versus("micro base, the same prompt and sketch again", engine, stock, recipe, same=True)
     yield versus("micro base, n = 4", engine, stock, dataclasses.replace(recipe, n=4))
-    engine.backbone.unet.forward = torch.compile(engine.backbone.unet.forward)
-    stock.unet.forward = torch.compile(stock.unet.forward)
-    yield versus("micro base, both compiled", engine, stock, recipe)
+    if shutil.which("g++") or shutil.which("c++"):
+        engine.quicken(compile=True)
+        stock.unet.compile()
+        yield versus("micro base, both compiled", engine, stock, recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         full = backbone_of(BaseSizes().models(), VARIANTS["plus"].features)
@@ -47,15 +50,20 @@ def sampling(folder: Path) -> Iterator[Comparison]:
     yield versus("SD v1.5's sizes, 256 px, 3 steps", engine, stock, few, rounds=3)
 
 
-def versus(title: str, engine: Engine, stock: Any, recipe: Recipe, rounds: int = 7) -> Comparison:
-    """Return pictures a second on both sides."""
+def versus(
+    title: str, engine: Engine, stock: Any, recipe: Recipe, rounds: int = 7, *, same: bool = False
+) -> Comparison:
+    """Return pictures a second on both sides; of the `same` prompt and sketch each time, or of others."""
     steps = recipe.num_inference_steps
+    others = (dataclasses.replace(recipe, prompt=f"a girl, {i}", reference=sketch(i)) for i in range(2 * rounds + 2))
+    fresh = iter([recipe] * (2 * rounds + 2) if same else list(others))
 
     def peer() -> int:
         width, height = engine.size(recipe)
+        asked = next(fresh)
         done = stock(
-            recipe.prompt,
-            ip_adapter_image=recipe.reference,
+            asked.prompt,
+            ip_adapter_image=asked.reference,
             num_inference_steps=steps,
             num_images_per_prompt=recipe.n,
             generator=[torch.Generator().manual_seed(i) for i in range(recipe.n)],
@@ -65,7 +73,7 @@ def versus(title: str, engine: Engine, stock: Any, recipe: Recipe, rounds: int =
         return len(done.images)
 
     return compare(
-        f"sampler / stock diffusers, {title}, {steps} steps", "images/s", lambda: len(engine.infer(recipe)), peer,
+        f"sampler / stock diffusers, {title}, {steps} steps", "images/s", lambda: len(engine.infer(next(fresh))), peer,
         rounds=rounds,
     )  # fmt: skip
 
@@ -97,8 +105,8 @@ def stock_pipeline(base: Backbone, adapter: Adapter, folder: Path) -> Any:
     return stock
 
 
-def sketch() -> Image.Image:
+def sketch(seed: int = 0) -> Image.Image:
     """Return a square line drawing."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     scene = random_scene(rng)
     return Image.fromarray(draw(scene, (256, 256), [random_pose(rng) for _ in scene.figures]).lines).convert("RGB")
