@@ -9,7 +9,6 @@ Serve does not read.
 import asyncio
 import contextlib
 import dataclasses
-import ipaddress
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -29,9 +28,9 @@ from serving.api import create_api
 from serving.batcher import best_cap, step_seconds
 from serving.config import ServingConfig, from_args
 from serving.engine import ONLY, Engine
-from serving.keys import load_keys
+from serving.keys import is_loopback, load_keys
 from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, SamplerStopped, Worker
+from serving.worker import Event, Facts, Job, SamplerStopped, Worker, draw_canary
 from trainer.adapter import AdapterError
 
 log = logging.getLogger("ray.serve")
@@ -39,7 +38,6 @@ REPLICA, INGRESS = "SketchReplica", "SketchIngress"
 MAX_ADAPTERS = 8  # of the folder, loaded in a replica at a time; 98 MB each for SD v1.5 in fp16
 STATUS_S = 2.0  # how long an answer of Serve's controller is used again by /health
 HEALTH_S = 5.0  # between two health checks; the third in a row that fails has a replica replaced
-HEALTH_TIMEOUT_S = 60.0  # a canary waits for the step in flight, then takes two steps and a decoding
 PATIENCE, LEAST_PATIENCE_S = 5, 60.0  # times the whole warm-up, before a single step counts as one that hangs
 
 
@@ -79,7 +77,7 @@ class SketchReplica:
     """One engine. Jobs are drawn side by side; the event loop stays free for Serve's health checks."""
 
     def __init__(self, config: ServingConfig) -> None:
-        """Load base and adapter. AdapterError when they don't belong together: the deployment then fails."""
+        """Load base and adapter. The deployment fails where they don't belong together (AdapterError), or draw NaN."""
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         engine = Engine.load(
@@ -94,6 +92,7 @@ class SketchReplica:
         begun = time.monotonic()
         seconds = step_seconds(engine, ONLY, config.max_batch_size)
         patience_s = max(LEAST_PATIENCE_S, PATIENCE * (time.monotonic() - begun))  # what compiles a step is in it
+        draw_canary(engine)
         cap = best_cap(seconds)
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
         self.config = config
@@ -108,7 +107,7 @@ class SketchReplica:
         )
 
     async def check_health(self) -> None:
-        """Raise when this replica can't draw. Serve calls this before it sends the first job, then again and again."""
+        """Raise when this replica can't draw. Serve calls this again and again."""
         await self.worker.check()
 
     async def facts(self) -> tuple[Facts, ServingConfig]:
@@ -222,7 +221,6 @@ def build(args: dict) -> serve.Application:
         max_queued_requests=config.max_queued_requests,
         backpressure_config=refusal,
         health_check_period_s=HEALTH_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         **grace,
     )
@@ -256,7 +254,7 @@ def _told() -> Iterator[None]:
 
 def _refuse_open_bind(host: str | None) -> None:
     """Raise ValueError unless Serve listens on loopback only."""
-    if host == "localhost" or (host and ipaddress.ip_address(host).is_loopback):
+    if is_loopback(host):
         return
     raise ValueError(
         f"Serve listens on {host}, and no key_file is set: anybody who reaches this machine could use the server. Give "

@@ -86,8 +86,8 @@ class ServingConfig:
     # replicas that are always there, and how far the autoscaler goes under load
     min_replicas: int = 1
     max_replicas: int = 1
-    # requests that one replica has accepted: as many as fit are denoised together, the others wait for a place
-    max_ongoing_requests: int = 8
+    # requests that one replica has accepted: as many pictures as fit are denoised together, the others wait for a place
+    max_ongoing_requests: int = 16
     # requests that wait for a replica; the next one gets 429 with Retry-After
     max_queued_requests: int = 16
     # seconds that a client is told to wait after 429, until the first picture tells how fast the replicas are

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import uuid
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import Limits
-from serving.keys import find_key, is_foreign
+from serving.keys import find_key, is_foreign, is_loopback
 from serving.metrics import Metrics
 from serving.protocol import ApiError
 
@@ -78,11 +79,14 @@ class Gate:
             await JSONResponse(error.body, error.status)(scope, receive, answered)
 
     def _check(self, scope: Scope, headers: Headers, body: _Body) -> None:
-        if self.digests is not None and scope["path"] not in OPEN:
+        if scope["path"] not in OPEN:
             if is_foreign(scope["method"], headers):
+                raise ApiError(403, "A page of another site asked for this through your browser.", code="foreign_page")
+            if self.digests is None and not is_loopback(_host(headers)):  # a name that was made to mean this machine
                 raise ApiError(
-                    403, "A page of another site asked for this with your browser's password.", code="foreign_page"
+                    403, "Without keys, this server is asked as localhost or 127.0.0.1 only.", code="foreign_host"
                 )
+        if self.digests is not None and scope["path"] not in OPEN:
             key = find_key(headers.get("authorization", ""), self.digests)
             if key is None:
                 raise ApiError(
@@ -100,6 +104,14 @@ class Gate:
             raise ApiError(400, "Content-Length must be a number.", code="invalid_content_length")
         if body.declared > self.limits.max_body_bytes:
             raise body.too_large()
+
+
+def _host(headers: Headers) -> str | None:
+    """Return the host that the client asked for, without its port."""
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname
+    except ValueError:
+        return None
 
 
 class _Body:

@@ -13,6 +13,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,12 +55,14 @@ def find_key(authorization: str, digests: frozenset[str]) -> str | None:
 
 
 def is_foreign(method: str, headers: Mapping[str, str]) -> bool:
-    """Say whether a browser sends its password along for a page of another site (CSRF).
+    """Say whether a browser asks this for a page of another site (CSRF), with what it has without that page's doing: a
+    password, or that it runs on this machine.
 
-    To follow a link is not that. Browsers say over HTTPS and on loopback for which page they ask (`Sec-Fetch-Site`);
-    over plain HTTP they name the page's origin with all that is no GET. `headers` are Starlette's: of any case.
+    To follow a link is not that, and no browser sends a Bearer key by itself. Browsers say over HTTPS and on loopback
+    for which page they ask (`Sec-Fetch-Site`); over plain HTTP they name the page's origin with all that is no GET.
+    `headers` are Starlette's: of any case.
     """
-    if not headers.get("authorization", "").lower().startswith("basic "):
+    if headers.get("authorization", "").lower().startswith("bearer "):
         return False
     site = headers.get("sec-fetch-site")
     if site is None:
@@ -69,6 +72,14 @@ def is_foreign(method: str, headers: Mapping[str, str]) -> bool:
         method == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
     )
     return site not in ("same-origin", "none") and not link
+
+
+def is_loopback(host: str | None) -> bool:
+    """Say whether a host, without its port, is this machine by name or address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 def _password(text: str) -> str | None:

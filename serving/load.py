@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import ipaddress
 import json
 import random
 import statistics
@@ -22,6 +21,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+
+from serving.keys import is_loopback
 
 MAX_REQUESTS = 100_000  # of a run
 EXAMPLES = """examples:
@@ -44,7 +45,7 @@ class Tally:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one load; 0 when every request was answered, refused or left by its client, 1 when some failed otherwise."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         bodies = make_bodies(args)
         _check_local(args.url)
@@ -77,7 +78,9 @@ async def load(args: argparse.Namespace, bodies: list[dict[str, Any]]) -> tuple[
     rng, tally, at = random.Random(args.seed), Tally(), 0.0
     headers = {"Authorization": f"Bearer {args.key}"} if args.key else {}
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=args.url, headers=headers, limits=limits, timeout=args.timeout) as http:
+    async with httpx.AsyncClient(
+        base_url=args.url, headers=headers, limits=limits, timeout=args.timeout, trust_env=False
+    ) as http:
         watch = asyncio.create_task(_watch(http, tally))
         begun, asked = time.monotonic(), []
         for body in bodies:
@@ -149,12 +152,7 @@ def percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 def _check_local(url: str) -> None:
-    host = urlsplit(url).hostname or ""
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local:
+    if not is_loopback(urlsplit(url).hostname):
         raise ValueError(f"--url {url}: only a server on this machine is loaded, such as http://127.0.0.1:8000.")
 
 
@@ -172,7 +170,8 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
     assert __doc__
     parser = argparse.ArgumentParser(
         prog="python -m serving.load",

@@ -12,6 +12,7 @@ from serving.protocol import CompletedEvent, ErrorResponse, ImagesResponse, Part
 _ERRORS = {
     400: "A field is wrong; `param` names it",
     401: "No or a wrong key",
+    403: "A browser asks for a page of another site",
     404: "No such model",
     408: "The body took too long",
     413: "The body is too large",

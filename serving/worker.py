@@ -90,6 +90,11 @@ class _Running:
     left: bool = False
 
 
+def draw_canary(engine: Engine) -> None:
+    """Draw a small picture to see whether it can be done. ArithmeticError when it is not finite."""
+    engine.infer(Recipe(prompt="a canary", reference=Image.new("RGB", (64, 64)), num_inference_steps=2))
+
+
 class Worker:
     """Draws jobs on an engine."""
 
@@ -115,11 +120,13 @@ class Worker:
         self._watch = watch
         self.batcher = Batcher(engine, cap)
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # what to do before the next step
+        self._jobs: set[_Running] = set()  # all whose caller waits
         self._running: dict[int, _Running] = {}  # by id of slot
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")  # in order, beside the next step
         self._stopped: Exception | None = None
         self._since: float | None = None  # when what is being done was begun; None = nothing is
-        self._doubtful = True  # nothing has been drawn yet, or something has failed
+        self._doubtful = False  # something has failed, and nothing been proven since
+        self._canary: Future[None] | None = None  # that is to be drawn, or is drawn and not yet asked about
         threading.Thread(target=self._draw, name="sampler", daemon=True).start()
 
     def facts(self) -> Facts:
@@ -143,34 +150,36 @@ class Worker:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         running = _Running(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
-        self._inbox.put(lambda: self._join(running))
-        if self._stopped is not None:  # asked after the put: what was in the inbox when it stopped is told there
-            raise self._stopped
+        self._jobs.add(running)
         try:
+            self._inbox.put(lambda: self._join(running))
+            if self._stopped is not None:  # asked after the job is known: those known when it stopped are told there
+                raise self._stopped
             while (event := await events.get()) is not None:
                 if isinstance(event, Exception):
                     raise event
                 yield event
         finally:
             running.left = True
+            self._jobs.discard(running)
             self._inbox.put(lambda: self._leave(running))
 
     async def check(self) -> None:
         """Say whether this worker can draw: nothing is raised when it can.
 
-        SamplerStopped when its thread has ended or hangs. At first, and after a job has failed, a picture of two steps
-        is drawn beside the jobs: what goes wrong there is raised, ArithmeticError when it is not finite.
+        SamplerStopped when its thread has ended or hangs: all jobs are told so, and it takes no more. After a job has
+        failed, a canary is drawn before the next step; a later call raises what went wrong there.
         """
+        since = self._since
+        if self._stopped is None and since is not None and time.monotonic() - since > self._patience_s:
+            self._stop(f"The sampler hangs: it has been at one thing for more than {self._patience_s:.0f} s.")
         if self._stopped is not None:
             raise self._stopped
-        since = self._since
-        if since is not None and time.monotonic() - since > self._patience_s:
-            raise self._hangs()
-        if self._doubtful:
-            try:
-                await asyncio.wait_for(self._between_steps(self._canary), self._patience_s)
-            except TimeoutError:
-                raise self._hangs() from None
+        if self._canary is not None and self._canary.done():
+            canary, self._canary = self._canary, None
+            canary.result()
+        elif self._doubtful and self._canary is None:
+            self._canary = self._put(self._draw_canary)
 
     async def add_adapter(self, served: Served) -> None:
         """Load an adapter, while the others are drawn. AdapterError when it is damaged, or of another base."""
@@ -187,6 +196,13 @@ class Worker:
 
     async def _between_steps(self, do: Callable[[], T]) -> T:
         """Return what `do` returns, or raise what it raises, in the thread that draws."""
+        done = self._put(do)
+        if self._stopped is not None:
+            raise self._stopped
+        return await asyncio.wrap_future(done)
+
+    def _put(self, do: Callable[[], T]) -> Future[T]:
+        """Have something done in the thread that draws, between two steps."""
         done: Future[T] = Future()
 
         def run() -> None:
@@ -200,31 +216,30 @@ class Worker:
                 done.set_exception(error)
 
         self._inbox.put(run)
-        if self._stopped is not None:
-            raise self._stopped
-        return await asyncio.wrap_future(done)
+        return done
 
-    def _canary(self) -> None:
-        if self._doubtful:  # not drawn meanwhile
-            self.engine.infer(Recipe(prompt="a canary", reference=Image.new("RGB", (64, 64)), num_inference_steps=2))
-            self._doubtful = False
+    def _draw_canary(self) -> None:
+        draw_canary(self.engine)
+        self._doubtful = False
 
-    def _hangs(self) -> SamplerStopped:
-        return SamplerStopped(f"The sampler hangs: it has been at one thing for more than {self._patience_s:.0f} s.")
+    def _stop(self, why: str) -> None:
+        """Take no more jobs, and tell those that there are."""
+        self._stopped = SamplerStopped(why)
+        for running in list(self._jobs):
+            self._send(running, self._stopped)
 
     def _draw(self) -> None:
         """Step through what there is, for ever."""
         try:
-            while True:
+            while self._stopped is None:
                 self._take_in()
                 self._step()
         except BaseException as error:
-            self._stopped = SamplerStopped(f"The sampler stopped: {error!r}")
-            for running in set(self._running.values()):
-                self._send(running, self._stopped)
+            self._stop(f"The sampler stopped: {error!r}")
+            raise
+        finally:
             while not self._inbox.empty():
                 self._inbox.get()()
-            raise
 
     def _take_in(self) -> None:
         """Do what has come in; wait for it when there is nothing to draw."""

@@ -118,7 +118,7 @@ async def client(
     backend: FakeBackend, config: ServingConfig = CONFIG, digests: frozenset[str] | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(create_api(config, backend, digests))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
         yield http
 
 

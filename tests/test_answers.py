@@ -191,7 +191,7 @@ def test_a_client_that_reads_nothing_loses_its_place(version: str, stuck: str) -
                 await forever.wait()
 
         await asyncio.wait_for(api(scope, receive, send), 5)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://127.0.0.1") as http:
             after = (await http.post(GENERATIONS, json=GOOD)).status_code
             return backend, sent, after, (await http.get("/metrics")).text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -62,7 +63,7 @@ def random_recipe(rng: random.Random) -> Recipe:
         negative_prompt=rng.choice(("", "blurry")),
         reference=sketch(rng.randrange(3)) if rng.random() < 0.8 else None,
         num_inference_steps=rng.randrange(3, 12),
-        guidance_scale=rng.choice((0.5, 3.0, 7.5)),
+        guidance_scale=rng.choice((1.0, 3.0, 7.5)),
         adapter_scale=rng.choice((0.0, 0.5, 1.0)),
         seed=rng.randrange(1000),
         size=rng.choice((None, (64, 64), (96, 64))),
@@ -98,7 +99,7 @@ def test_twenty_random_recipes_with_strangers_or_alone_are_the_pictures_of_stock
         sizes.append(len(batcher.step()[0]))
         done += 1
     assert max(sizes) > 2
-    worst = 0.0
+    worst, pictures = 0.0, []
     for recipe, slot in zip(recipes, slots, strict=True):
         assert not slot.timesteps
         alone = engine.slot(recipe)
@@ -118,12 +119,13 @@ def test_twenty_random_recipes_with_strangers_or_alone_are_the_pictures_of_stock
             height=height,
             output_type="latent",
         ).images
-        if recipe.guidance_scale <= 1:  # stock diffusers leaves the negative half out there, ours only at 1
-            assert abs(decoded(engine, slot.latents) - decoded(engine, alone.latents)).max() <= 0.1
-            continue
         for ours in (slot.latents, alone.latents):
             worst = max(worst, abs(decoded(engine, ours) - decoded(engine, theirs)).max())
+        pictures.append(decoded(engine, theirs))
     assert worst <= 0.1
+    assert {recipe.guidance_scale for recipe in recipes} == {1.0, 3.0, 7.5}  # with and without a negative half
+    alike = [(a, b) for a, b in itertools.combinations(pictures, 2) if a.shape == b.shape and abs(a - b).max() < 1]
+    assert not alike
     base = engine.slot(Recipe(prompt="a cat", num_inference_steps=3))
     zero = engine.slot(Recipe(prompt="a cat", num_inference_steps=3, reference=sketch(0), adapter_scale=0.0))
     for _ in range(3):
@@ -240,7 +242,6 @@ def test_one_larger_than_the_cap_goes_alone(engine: Engine) -> None:
 
 def test_one_poisoned_slot_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     clean = slots_of(engine, 3, num_inference_steps=3)
-    expected = [slot.latents for slot in clean]
     slots = slots_of(engine, 3, num_inference_steps=3)
     step = engine.step
 
@@ -262,7 +263,6 @@ def test_one_poisoned_slot_fails_alone(engine: Engine, monkeypatch: pytest.Monke
             step([other])
         if slot is not slots[1]:
             assert abs(slot.latents - other.latents).max() < 1e-3
-    assert all(torch.isfinite(latents).all() for latents in expected)
 
 
 def test_not_a_number_in_one_slot_is_not_its_neighbours(engine: Engine) -> None:

@@ -84,10 +84,27 @@ def test_a_page_of_another_site_cannot_use_the_browsers_password() -> None:
     for site in ("same-origin", "none"):
         assert status("POST", key, {"Sec-Fetch-Site": site}) == 200
     # over plain HTTP, browsers leave Sec-Fetch-Site out
-    for origin in ("http://evil.example", "null", "http://[", "http://test.evil.example"):
+    for origin in ("http://evil.example", "null", "http://[", "http://127.0.0.1.evil.example"):
         assert status("POST", key, {"Origin": origin}) == 403
-    assert status("POST", key, {"Origin": "http://test"}) == 200
+    assert status("POST", key, {"Origin": "http://127.0.0.1"}) == 200
     assert status("POST", key) == 200  # curl
+
+
+def test_without_keys_no_page_of_another_site_uses_a_server_on_this_machine() -> None:
+    def code(method: str, **headers: str) -> tuple[int, str | None]:
+        path, body = ("/v1/models", {}) if method == "GET" else (GENERATIONS, {"json": GOOD})
+        answer = ask(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()}, **body)
+        return answer.status_code, answer.json().get("error", {}).get("code")
+
+    for method in ("GET", "POST"):
+        assert code(method, Sec_Fetch_Site="cross-site") == (403, "foreign_page")
+        assert code(method, Sec_Fetch_Site="same-origin") == (200, None)
+        assert code(method, Host="rebound.example") == (403, "foreign_host")
+        assert code(method, Host="[oops") == (403, "foreign_host")
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+            assert code(method, Host=host) == (200, None)
+    assert code("POST", Origin="http://evil.example") == (403, "foreign_page")
+    assert ask("GET", "/health", headers={"Host": "a-probe"}).status_code == 200
 
 
 def test_refusals_are_counted_by_their_reason_wherever_they_are_made() -> None:

@@ -14,7 +14,7 @@ from tests.asking import CONFIG, FakeBackend
 
 
 def arguments(*more: str) -> Any:
-    return load._parser().parse_args(["--rate", "50", "--seconds", "0.4", *more])
+    return load.make_parser().parse_args(["--rate", "50", "--seconds", "0.4", *more])
 
 
 def run(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def test_the_same_arguments_send_the_same_mixed_requests() -> None:
     assert {body["size"] for body in bodies} == {"64x64", "96x64"}
     assert len({body["seed"] for body in bodies}) == 20
     with pytest.raises(ValueError, match="from 1 to 100000"):
-        load.make_bodies(load._parser().parse_args(["--rate", "1e6", "--seconds", "1e6"]))
+        load.make_bodies(load.make_parser().parse_args(["--rate", "1e6", "--seconds", "1e6"]))
 
 
 def test_every_request_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
