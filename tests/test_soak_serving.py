@@ -87,11 +87,10 @@ def test_ten_times_what_it_can_do(one: httpx.Client) -> None:
         while len(trials) < 2 or trials[-1]["goodput"] > 1.05 * trials[-2]["goodput"]:
             trials.append(trial(one, 1.5 ** len(trials) / alone))
         peak = max(found["goodput"] for found in trials)
-        with watched(replica, ingress) as memory:
-            with ThreadPoolExecutor(1) as pool:
-                crowd = pool.submit(trial, one, 10 * peak, OVERLOAD_S)
-                again = accepted_within(one, OVERLOAD_S)
-                found = crowd.result()
+        with watched(replica, ingress) as memory, ThreadPoolExecutor(1) as pool:
+            crowd = pool.submit(trial, one, 10 * peak, OVERLOAD_S)
+            again = accepted_within(one, OVERLOAD_S)
+            found = crowd.result()
         after = seconds_of(one)
     grown = [statistics.mean(held[-10:]) / statistics.mean(held[20:30]) - 1 for held in memory.values()]
     refused, rows = found["refused_within"], []
