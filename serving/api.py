@@ -180,6 +180,7 @@ def create_api(
         if data is not None:
             picture = await asyncio.to_thread(protocol.decode_reference, data, config.limits)
             recipe = dataclasses.replace(recipe, reference=picture)
+            await asyncio.to_thread(getattr, recipe, "reference_sha256")  # it goes with the recipe to the replica
         elif "adapter_scale" in request.model_fields_set:
             warnings = ("adapter_scale has no effect without an image.",)
         job = Job(

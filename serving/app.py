@@ -47,13 +47,16 @@ class StepMetrics:
     def __init__(self, cap: int) -> None:
         bounds = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
         self._seconds = metrics.Histogram("animesketch_step_seconds", "Seconds of a denoising step.", bounds)
+        self._steps = metrics.Counter("animesketch_picture_steps", "Steps of one picture each.")
         self._drawn = metrics.Gauge("animesketch_pictures_in_step", "Pictures in the last denoising step.")
         self._waiting = metrics.Gauge("animesketch_pictures_waiting", "Pictures that wait for a place in a replica.")
         metrics.Gauge("animesketch_picture_places", "Pictures that a replica denoises at a time, at most.").set(cap)
 
     def watch(self, drawn: int, waiting: int, seconds: float) -> None:
-        """Take the numbers of a step."""
-        self._seconds.observe(seconds)
+        """Take the numbers of a step; of zeros when nothing is drawn."""
+        if drawn:
+            self._seconds.observe(seconds)
+            self._steps.inc(drawn)
         self._drawn.set(drawn)
         self._waiting.set(waiting)
 

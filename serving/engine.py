@@ -13,7 +13,6 @@ I image tokens, E vision width, C text width, h and w latents.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -149,7 +148,7 @@ class Engine:
         """
         size = self.size(recipe)
         found, scale = self.adapters[adapter], recipe.adapter_scale
-        told = [(recipe.negative_prompt, None), (recipe.prompt, recipe.reference)]
+        told = [(recipe.negative_prompt, None), (recipe.prompt, recipe)]
         if recipe.guidance_scale == 1.0:
             del told[0]
         shown = recipe.reference is not None and scale != 0
@@ -237,8 +236,9 @@ class Engine:
         """Return what a text is to each layer."""
         return self._kept.get(text, lambda: text_layers(self.backbone.unet, self.backbone.encode_text([text])))
 
-    def _image(self, name: str, picture: Image.Image | None) -> Layers:
-        """Return what a reference, or none, is to each layer by the adapter of that name."""
+    def _image(self, name: str, recipe: Recipe | None) -> Layers:
+        """Return what a recipe's reference, or none, is to each layer by the adapter of that name."""
+        picture = recipe and recipe.reference
 
         def make() -> Layers:
             adapter = self.adapters[name]
@@ -246,7 +246,7 @@ class Engine:
             hidden = self.backbone.encode_image_null(1) if picture is None else self.backbone.encode_image([picture])
             return image_layers(self.backbone.unet, adapter, adapter.image_tokens(hidden))
 
-        return self._kept.get((name, picture and (picture.size, pixels_sha256(picture))), make)
+        return self._kept.get((name, picture and (picture.size, recipe.reference_sha256)), make)
 
     def _states(self, slots: Sequence[Slot]) -> States:
         """Return what the rows of a batch attend to; made anew when a slot has joined or left."""
@@ -254,11 +254,6 @@ class Engine:
             rows = [slot.rows[0] for slot in slots if len(slot.rows) == 2]
             self._batch = list(slots), side_by_side([*rows, *(slot.rows[-1] for slot in slots)])
         return self._batch[1]
-
-
-def pixels_sha256(picture: Image.Image) -> str:
-    """Return the sha256 of a picture's bytes as RGB: with its size, what tells one from another."""
-    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
 
 
 def ddim_step(x: Tensor, eps: Tensor, abar: Tensor, abar_previous: Tensor) -> tuple[Tensor, Tensor]:

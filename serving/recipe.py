@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -42,3 +44,8 @@ class Recipe:
         for name in ("guidance_scale", "adapter_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
+
+    @functools.cached_property
+    def reference_sha256(self) -> str | None:
+        """The sha256 of the reference's bytes as RGB: with its size, what tells one from another."""
+        return None if self.reference is None else hashlib.sha256(self.reference.convert("RGB").tobytes()).hexdigest()

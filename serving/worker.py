@@ -19,7 +19,7 @@ from PIL import Image
 
 from serving.adapters import Served
 from serving.batcher import Batcher
-from serving.engine import ONLY, Engine, Slot, pixels_sha256
+from serving.engine import ONLY, Engine, Slot
 from serving.pictures import write_picture
 from serving.recipe import Recipe
 
@@ -111,7 +111,8 @@ class Worker:
         """`cap`: pictures of the native size that are denoised at a time; `steps_per_second`: as in Facts.
 
         `patience_s`: seconds that no single step takes, nor anything else that is done between two of them: beyond it
-        the sampler hangs. `watch` is told of each step: the pictures in it, those that wait for a place, its seconds.
+        the sampler hangs. `watch` is told of each step: the pictures in it, those that wait for a place, its seconds;
+        of zeros when there is nothing to draw any more.
         """
         self.engine = engine
         self.model = model
@@ -247,6 +248,7 @@ class Worker:
         while wait or not self._inbox.empty():
             if wait:
                 self._since = None
+                self._watch(0, 0, 0.0)
             do, wait = self._inbox.get(), False
             self._since = time.monotonic()
             do()
@@ -337,7 +339,7 @@ class Worker:
 
     def _picture(self, job: Job, image: Image.Image, i: int, partial: int | None) -> Picture:
         """Return picture i as a file whose recipe makes it again, alone: its own seed, no time, no request id."""
-        recipe, backbone, reference = job.recipe, self.engine.backbone, job.recipe.reference
+        recipe, backbone = job.recipe, self.engine.backbone
         width, height = image.size
         facts = {
             "prompt": recipe.prompt,
@@ -347,7 +349,7 @@ class Worker:
             "adapter_scale": recipe.adapter_scale,
             "seed": recipe.seed + i,
             "size": f"{width}x{height}",
-            "reference_sha256": None if reference is None else pixels_sha256(reference),
+            "reference_sha256": recipe.reference_sha256,
             "model": job.adapter.name if job.adapter else self.model,
             "base": backbone.id,
             "base_weights_hash": backbone.weights_hash,

@@ -26,6 +26,7 @@ def save_adapter(base: str, folder: Path) -> Path:
         torch.manual_seed(7)
         adapter = Adapter.for_unet(backbone.unet, sizes)
         for module in adapter.ip_adapter.values():
+            torch.nn.init.normal_(module.to_k_ip.weight, std=0.5)  # type: ignore[union-attr, arg-type]
             torch.nn.init.normal_(module.to_v_ip.weight, std=0.5)  # type: ignore[union-attr, arg-type]
     adapter.save_pretrained(folder, base={"id": backbone.id, "weights_hash": backbone.weights_hash})
     return folder

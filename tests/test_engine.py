@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +12,11 @@ from PIL import Image
 
 from serving.engine import Engine, Slot, ddim_step
 from serving.recipe import MAX_SEED, Recipe
-from trainer.adapter import WEIGHTS, Adapter, AdapterConfig, AdapterError
-from trainer.backbone import ddim, load_backbone, make_twin
+from trainer.adapter import WEIGHTS, AdapterError
+from trainer.backbone import ddim, make_twin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, SCALE, PROMPT, NEGATIVE = 8, 0.7, "a girl under a tree", "blurry"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with random weights, wide enough that a reference changes the picture."""
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    backbone = load_backbone(str(twin))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        adapter = Adapter.for_unet(backbone.unet, AdapterConfig(cross_attention_dim=32, embedding_dim=40, dim=64))
-        for module in adapter.ip_adapter.values():
-            torch.nn.init.normal_(module.to_k_ip.weight, std=0.5)
-            torch.nn.init.normal_(module.to_v_ip.weight, std=0.5)
-    adapter.save_pretrained(folder, base={"id": backbone.id, "weights_hash": backbone.weights_hash})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +134,18 @@ def test_picture_i_of_n_is_the_picture_of_its_own_seed(engine: Engine, reference
 def test_the_same_recipe_gives_the_same_pixels(engine: Engine, reference: Image.Image) -> None:
     first, second = (engine.infer(recipe(reference=reference))[0].tobytes() for _ in range(2))
     assert first == second
+
+
+def test_what_makes_steps_faster_changes_the_picture_by_noise_only(
+    engine: Engine, adapter_folder: Path, twin: Path, reference: Image.Image
+) -> None:
+    wanted = recipe(reference=reference)
+    true = pixels(engine.infer(wanted)[0])
+    last = Engine.load(str(adapter_folder), base=str(twin), channels_last=True)
+    assert last.backbone.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert abs(pixels(last.infer(wanted)[0]) - true).max() <= 1
+    half = Engine.load(str(adapter_folder), base=str(twin), dtype=torch.bfloat16)
+    assert abs(pixels(half.infer(wanted)[0]) - true).mean() < 8
 
 
 def test_a_size_other_than_the_native_one(engine: Engine) -> None:
