@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Security
@@ -94,11 +94,11 @@ def create_api(
 
     bearer = HTTPBearer(auto_error=False, description="A key of the server's key file.")  # for /docs: the gate checks
     locked = [] if digests is None else [Security(bearer)]
-    refusals = (400, 401, 413, 500, 503)
+    refusals = (400, 401, 403, 413, 500, 503)
 
-    @contextlib.asynccontextmanager
-    async def place() -> AsyncIterator[None]:
-        """Hold one of the places; the count is looked at before a byte of the body is read."""
+    @contextlib.contextmanager
+    def place() -> Iterator[None]:
+        """Hold one of the places."""
         if metrics.active >= config.max_requests:
             raise Busy
         metrics.active += 1
@@ -115,9 +115,11 @@ def create_api(
         started = time.monotonic()
         try:
             holder.enter_context(rates.held(getattr(http.state, "key", None)))
-            await holder.enter_async_context(place())
+            with place():  # is there one? Asked before a byte of the body is read, and not kept for who sends it slowly
+                pass
             async with asyncio.timeout(config.request_timeout_s):
                 request, job, warnings = await read_job(http, route)
+                holder.enter_context(place())
                 holder.enter_context(metrics.owed(await backend.facts(), job))
                 events = backend.generate(job)
                 holder.push_async_callback(events.aclose)
