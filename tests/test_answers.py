@@ -177,7 +177,7 @@ def test_a_client_that_reads_nothing_loses_its_place(version: str, stuck: str) -
         requests = [{"type": "http.request", "body": json.dumps({**GOOD, "stream": True}).encode()}]
         scope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": version}, "method": "POST", "path": GENERATIONS,
-            "query_string": b"", "headers": [(b"content-type", b"application/json")],
+            "query_string": b"", "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
         }  # fmt: skip
 
         async def receive() -> Any:

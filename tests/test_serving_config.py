@@ -13,7 +13,7 @@ def test_arguments_of_the_command_line_become_typed_settings() -> None:
          "model": "123", "image_encoder": "h94/IP-Adapter/models/image_encoder", "num_threads": "null"}
     )  # fmt: skip
     assert (config.adapter, config.num_cpus, config.max_replicas, config.limits.max_n) == ("/runs/7", 0.5, 3, 2)
-    assert (config.model, config.num_threads, config.max_requests) == ("123", None, 40)
+    assert (config.model, config.num_threads, config.max_requests) == ("123", None, 64)
     typed = from_args({"adapter": "/runs/7", "num_cpus": 0.5, "base": None, "limits": {"max_n": 1}})
     assert (typed.num_cpus, typed.base, typed.limits.max_n, typed.limits.max_side) == (0.5, None, 1, 1024)
 
