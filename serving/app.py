@@ -17,11 +17,12 @@ from typing import Any, cast
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError
 from ray.serve import metrics
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.adapters import Adapters, ModelUnavailable, Served
 from serving.api import create_api
@@ -187,6 +188,24 @@ class ServeBackend:
             raise
 
 
+class Disconnects:
+    """ASGI middleware: Serve's `receive` may raise where a client left; ASGI has a message for that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def received() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
+        await self.app(scope, received, send)
+
+
 @serve.deployment(name=INGRESS)
 @serve.ingress()
 class SketchIngress:
@@ -202,7 +221,9 @@ class SketchIngress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP interface; built here, in the replica, so that it need not be pickled."""
-        return create_api(self.config, ServeBackend(self.config, self.replicas), self.digests, request_ids=False)
+        api = create_api(self.config, ServeBackend(self.config, self.replicas), self.digests, request_ids=False)
+        api.add_middleware(Disconnects)
+        return api
 
 
 def build(args: dict) -> serve.Application:

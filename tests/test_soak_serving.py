@@ -101,7 +101,7 @@ def test_ten_times_what_it_can_do(one: httpx.Client) -> None:
     rows += [["time to a 429: median, 99 %, most", ", ".join(f"{1000 * refused[k]:.0f} ms" for k in KEYS)]]
     rows += [["time to a 200: median, 99 %, most", ", ".join(f"{found['latency'][k]:.1f} s" for k in KEYS)]]
     rows += [["memory of the replica, and of the ingress", ", ".join(f"{share:+.1%}" for share in grown)]]
-    rows += [["from the last request sent until one is accepted again", f"{again:.2f} s"]]
+    rows += [["from the last request sent until one is not refused", f"{again:.2f} s"]]
     rows += [["a request of 35 steps, alone, right after", f"{after:.2f} s"]]
     note = "Memory: the last ten seconds against seconds 20 to 30."
     write_table("overload", f"Overload: ten times the peak for {OVERLOAD_S} s", ["", ""], rows, note)
@@ -128,13 +128,16 @@ def seconds_of(client: httpx.Client) -> float:
 
 
 def accepted_within(client: httpx.Client, after: float) -> float:
-    """Return the seconds, `after` so many, until a request finds a place."""
+    """Return the seconds, `after` so many, until a request is not refused: there is a place for it in the line."""
     time.sleep(after)
     begun = time.monotonic()
     while True:
-        with client.stream("POST", URL, json={**ONE, "stream": True}) as reply:
-            if reply.status_code == 200:
-                return time.monotonic() - begun
+        asked = time.monotonic()
+        try:
+            if client.post(URL, json=ONE, timeout=0.5).status_code == 200:
+                return asked - begun
+        except httpx.ReadTimeout:
+            return asked - begun
         time.sleep(0.02)
 
 
