@@ -238,7 +238,7 @@ class Engine:
 
     def _image(self, name: str, recipe: Recipe | None) -> Layers:
         """Return what a recipe's reference, or none, is to each layer by the adapter of that name."""
-        picture = recipe and recipe.reference
+        picture, sha256 = (recipe.reference, recipe.reference_sha256) if recipe else (None, None)
 
         def make() -> Layers:
             adapter = self.adapters[name]
@@ -246,7 +246,7 @@ class Engine:
             hidden = self.backbone.encode_image_null(1) if picture is None else self.backbone.encode_image([picture])
             return image_layers(self.backbone.unet, adapter, adapter.image_tokens(hidden))
 
-        return self._kept.get((name, picture and (picture.size, recipe.reference_sha256)), make)
+        return self._kept.get((name, picture and (picture.size, sha256)), make)
 
     def _states(self, slots: Sequence[Slot]) -> States:
         """Return what the rows of a batch attend to; made anew when a slot has joined or left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import time
@@ -166,6 +167,7 @@ def _train(config: TrainerConfig, facts: dict[str, Any], cache: str | None) -> N
             worker_runtime_env={"env_vars": environment},
         ),
     )
+    logging.getLogger(TorchTrainer.fit.__module__).setLevel(logging.INFO)  # it says that Ctrl-C has been heard
     try:
         trainer.fit()
     finally:

@@ -270,9 +270,9 @@ class Worker:
 
     def _new_adapter(self) -> Adapter:
         """Return the adapter to train, on the device in fp32, the same on every rank."""
+        sizes = adapter_sizes(self.base, self.config)
         if self.config.adapter:
             return Adapter.from_pretrained(self.config.adapter).to(self.device)
-        sizes = adapter_sizes(self.base, self.config)
         torch.manual_seed(self.config.seed)
         return Adapter.for_unet(self.base.unet, sizes).to(self.device)
 
