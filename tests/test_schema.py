@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import hypothesis.strategies as st
 import pytest
 import schemathesis
 from schemathesis.generation.modes import GenerationMode
@@ -48,10 +49,36 @@ def server(twin: Path, adapter_folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-@api.parametrize()
+@api.exclude(path=EDITS).parametrize()
 def test_every_answer_is_one_that_the_document_says(case: schemathesis.Case, server: str) -> None:
     # not every size and string is a picture's: the next test
     case.call_and_validate(server, headers=KEY, excluded_checks=[positive_data_acceptance])
+
+
+@st.composite
+def forms(draw: st.DrawFn, mode: GenerationMode) -> schemathesis.Case:
+    """A form of /v1/images/edits. schemathesis 4.32 stumbles over some broken ones that it makes itself: not those."""
+    try:
+        return draw(api[EDITS]["POST"].as_strategy(mode))
+    except ValueError as error:
+        if "Unsupported type: 'Binary'" not in str(error):
+            raise
+        hypothesis.reject()
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_every_answer_to_a_form_is_one_that_the_document_says(mode: GenerationMode, examples: int, server: str) -> None:
+    asked = []
+
+    @hypothesis.settings(api.config.get_hypothesis_settings(), max_examples=examples)
+    @hypothesis.given(case=forms(mode))
+    def check(case: schemathesis.Case) -> None:
+        response = case.call_and_validate(server, headers=KEY, excluded_checks=[positive_data_acceptance])
+        asked.append(response.status_code)
+
+    check()
+    assert len(asked) >= examples // 2
 
 
 @pytest.mark.parametrize("examples", [15, pytest.param(500, marks=pytest.mark.soak)])
@@ -81,7 +108,6 @@ def test_what_the_document_allows_is_drawn(route: str, examples: int, server: st
     assert set(statuses) == {200}
 
 
-# without the forms: their broken variants are refused by schemathesis itself now and then ("Unsupported type: Binary")
 @pytest.mark.soak
 @api.exclude(path=EDITS).parametrize()
 @hypothesis.settings(max_examples=2000)
