@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import pytest
 import schemathesis
 from schemathesis.generation.modes import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from serving.api import create_api
 from serving.config import Limits, ServingConfig
@@ -74,7 +74,10 @@ def test_every_answer_to_a_form_is_one_that_the_document_says(mode: GenerationMo
     @hypothesis.settings(api.config.get_hypothesis_settings(), max_examples=examples)
     @hypothesis.given(case=forms(mode))
     def check(case: schemathesis.Case) -> None:
-        response = case.call_and_validate(server, headers=KEY, excluded_checks=[positive_data_acceptance])
+        # a prompt that is `false` instead of a string is the text "false" in a form: test_protocol.py has the bad forms
+        response = case.call_and_validate(
+            server, headers=KEY, excluded_checks=[positive_data_acceptance, negative_data_rejection]
+        )
         asked.append(response.status_code)
 
     check()
