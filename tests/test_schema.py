@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import hypothesis.strategies as st
 import pytest
 import schemathesis
 from schemathesis.generation.modes import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from serving.api import create_api
 from serving.config import Limits, ServingConfig
@@ -48,10 +49,39 @@ def server(twin: Path, adapter_folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-@api.parametrize()
+@api.exclude(path=EDITS).parametrize()
 def test_every_answer_is_one_that_the_document_says(case: schemathesis.Case, server: str) -> None:
     # not every size and string is a picture's: the next test
     case.call_and_validate(server, headers=KEY, excluded_checks=[positive_data_acceptance])
+
+
+@st.composite
+def forms(draw: st.DrawFn, mode: GenerationMode) -> schemathesis.Case:
+    """A form of /v1/images/edits. schemathesis 4.32 stumbles over some broken ones that it makes itself: not those."""
+    try:
+        return draw(api[EDITS]["POST"].as_strategy(mode))
+    except ValueError as error:
+        if "Unsupported type: 'Binary'" not in str(error):
+            raise
+        hypothesis.reject()
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_every_answer_to_a_form_is_one_that_the_document_says(mode: GenerationMode, examples: int, server: str) -> None:
+    asked = []
+
+    @hypothesis.settings(api.config.get_hypothesis_settings(), max_examples=examples)
+    @hypothesis.given(case=forms(mode))
+    def check(case: schemathesis.Case) -> None:
+        # a prompt that is `false` instead of a string is the text "false" in a form: test_protocol.py has the bad forms
+        response = case.call_and_validate(
+            server, headers=KEY, excluded_checks=[positive_data_acceptance, negative_data_rejection]
+        )
+        asked.append(response.status_code)
+
+    check()
+    assert len(asked) >= examples // 2
 
 
 @pytest.mark.parametrize("examples", [15, pytest.param(500, marks=pytest.mark.soak)])
@@ -81,7 +111,6 @@ def test_what_the_document_allows_is_drawn(route: str, examples: int, server: st
     assert set(statuses) == {200}
 
 
-# without the forms: their broken variants are refused by schemathesis itself now and then ("Unsupported type: Binary")
 @pytest.mark.soak
 @api.exclude(path=EDITS).parametrize()
 @hypothesis.settings(max_examples=2000)
