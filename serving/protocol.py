@@ -101,31 +101,29 @@ class ImagesResponse(BaseModel):
     warnings: list[str]
 
 
-class PartialEvent(BaseModel):
+class _Event(BaseModel):
+    """What the pictures of a stream have in common."""
+
+    b64_json: str
+    seed: int
+    created_at: int
+    size: str
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: Literal["auto"]
+    background: Literal["opaque"]
+
+
+class PartialEvent(_Event):
     """Event of a stream: a partial picture."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
-    b64_json: str
     partial_image_index: int
-    seed: int
-    created_at: int
-    size: str
-    output_format: Literal["png", "jpeg", "webp"]
-    quality: Literal["auto"]
-    background: Literal["opaque"]
 
 
-class CompletedEvent(BaseModel):
+class CompletedEvent(_Event):
     """Event of a stream: a finished picture."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
-    b64_json: str
-    seed: int
-    created_at: int
-    size: str
-    output_format: Literal["png", "jpeg", "webp"]
-    quality: Literal["auto"]
-    background: Literal["opaque"]
     warnings: list[str]
 
 

@@ -14,20 +14,14 @@ from serving.adapters import Served
 from serving.engine import Engine, Slot
 from serving.recipe import Recipe
 from serving.worker import Job, Picture, SamplerStopped, Worker, draw_canary
-from tests.servers import save_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(prompt="a cat", num_inference_steps=2, seed=1)
 
 
-@pytest.fixture(scope="module")
-def adapter(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(str(twin), tmp_path_factory.mktemp("run") / "adapter")
-
-
 @pytest.fixture
-def engine(twin: Path, adapter: Path) -> Engine:
-    return Engine.load(str(adapter), base=str(twin))
+def engine(twin: Path, adapter_folder: Path) -> Engine:
+    return Engine.load(str(adapter_folder), base=str(twin))
 
 
 async def draw(worker: Worker, recipe: Recipe = RECIPE) -> list[Picture]:
@@ -126,7 +120,7 @@ def test_a_step_that_takes_too_long_is_found_out_and_idleness_is_not(
 
 
 def test_a_thread_that_has_ended_is_found_out_and_nobody_waits_for_it(
-    engine: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
@@ -136,7 +130,7 @@ def test_a_thread_that_has_ended_is_found_out_and_nobody_waits_for_it(
         calls: list[Callable] = [
             lambda: draw(worker),
             worker.check,
-            lambda: worker.add_adapter(Served(name="other", path=str(adapter), version="1")),
+            lambda: worker.add_adapter(Served(name="other", path=str(adapter_folder), version="1")),
         ]
         for call in calls:
             with pytest.raises(SamplerStopped, match="division by zero"):
@@ -145,10 +139,10 @@ def test_a_thread_that_has_ended_is_found_out_and_nobody_waits_for_it(
     asyncio.run(main())
 
 
-def test_an_adapter_is_unloaded_once_however_often_it_is_said(engine: Engine, adapter: Path) -> None:
+def test_an_adapter_is_unloaded_once_however_often_it_is_said(engine: Engine, adapter_folder: Path) -> None:
     from serving.app import LoadedAdapter
 
-    served = Served(name="other", path=str(adapter), version="1")
+    served = Served(name="other", path=str(adapter_folder), version="1")
 
     async def main() -> None:
         worker = Worker(engine, "m")
@@ -168,7 +162,7 @@ def test_an_adapter_is_unloaded_once_however_often_it_is_said(engine: Engine, ad
 
 
 def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept(
-    engine: Engine, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adding, go_on = threading.Event(), threading.Event()
     add = engine.add
@@ -181,7 +175,7 @@ def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept(
     async def main() -> None:
         worker = Worker(engine, "m")
         monkeypatch.setattr(engine, "add", slow)
-        load = asyncio.create_task(worker.add_adapter(Served(name="other", path=str(adapter), version="1")))
+        load = asyncio.create_task(worker.add_adapter(Served(name="other", path=str(adapter_folder), version="1")))
         await asyncio.to_thread(adding.wait, 10)
         load.cancel()
         with pytest.raises(asyncio.CancelledError):

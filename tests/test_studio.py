@@ -39,16 +39,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 Page = playwright.Page
 expect = playwright.expect
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here. On Debian: apt-get install chromium")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from a second thread, and on a busy machine they wait for it at every one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here. On Debian: apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")
