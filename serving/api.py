@@ -96,11 +96,14 @@ def create_api(
     locked = [] if digests is None else [Security(bearer)]
     refusals = (400, 401, 403, 413, 500, 503)
 
+    def look_for_place() -> None:
+        if metrics.active >= config.max_requests:
+            raise Busy
+
     @contextlib.contextmanager
     def place() -> Iterator[None]:
         """Hold one of the places."""
-        if metrics.active >= config.max_requests:
-            raise Busy
+        look_for_place()
         metrics.active += 1
         metrics.in_progress.set(metrics.active)
         try:
@@ -115,8 +118,7 @@ def create_api(
         started = time.monotonic()
         try:
             holder.enter_context(rates.held(getattr(http.state, "key", None)))
-            with place():  # is there one? Asked before a byte of the body is read, and not kept for who sends it slowly
-                pass
+            look_for_place()  # before a byte of the body is read; it is not kept for who sends it slowly
             async with asyncio.timeout(config.request_timeout_s):
                 request, job, warnings = await read_job(http, route)
                 holder.enter_context(place())

@@ -80,22 +80,7 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Headers, body: _Body) -> None:
         if scope["path"] not in OPEN:
-            if is_foreign(scope["method"], headers):
-                raise ApiError(403, "A page of another site asked for this through your browser.", code="foreign_page")
-            if self.digests is None and not is_loopback(_host(headers)):  # a name that was made to mean this machine
-                raise ApiError(
-                    403, "Without keys, this server is asked as localhost or 127.0.0.1 only.", code="foreign_host"
-                )
-        if self.digests is not None and scope["path"] not in OPEN:
-            key = find_key(headers.get("authorization", ""), self.digests)
-            if key is None:
-                raise ApiError(
-                    401,
-                    "A valid key is needed: send the header `Authorization: Bearer KEY`.",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": 'Basic realm="AnimeSketch"' if scope["path"] in PAGES else "Bearer"},
-                )
-            scope["state"]["key"] = key
+            self._check_asker(scope, headers)
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(
                 400, "Send the body as it is: Content-Encoding is not supported.", code="unsupported_encoding"
@@ -104,6 +89,25 @@ class Gate:
             raise ApiError(400, "Content-Length must be a number.", code="invalid_content_length")
         if body.declared > self.limits.max_body_bytes:
             raise body.too_large()
+
+    def _check_asker(self, scope: Scope, headers: Headers) -> None:
+        """Refuse who may not ask: without a key, or without knowing that they do."""
+        if is_foreign(scope["method"], headers):
+            raise ApiError(403, "A page of another site asked for this through your browser.", code="foreign_page")
+        if self.digests is None:
+            if not is_loopback(_host(headers)):  # a name that was made to mean this machine
+                raise ApiError(
+                    403, "Without keys, this server is asked as localhost or 127.0.0.1 only.", code="foreign_host"
+                )
+            return
+        scope["state"]["key"] = key = find_key(headers.get("authorization", ""), self.digests)
+        if key is None:
+            raise ApiError(
+                401,
+                "A valid key is needed: send the header `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": 'Basic realm="AnimeSketch"' if scope["path"] in PAGES else "Bearer"},
+            )
 
 
 def _host(headers: Headers) -> str | None:

@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from itertools import product
 from typing import Any
 
@@ -76,10 +76,11 @@ class FakeBackend:
 
 
 class EngineBackend:
-    """A real engine, as a replica has it, without Serve."""
+    """A real engine, as a replica has it, without Serve: with the adapters of a folder too."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self.loaded: set[str] = set()
 
     async def facts(self) -> Facts:
         return self.worker.facts()
@@ -87,8 +88,13 @@ class EngineBackend:
     async def trouble(self) -> str | None:
         return None
 
-    def generate(self, job: Job) -> AsyncGenerator[Event]:
-        return self.worker.generate(job)
+    async def generate(self, job: Job) -> AsyncGenerator[Event]:
+        if job.adapter is not None and job.adapter.id not in self.loaded:
+            await self.worker.add_adapter(job.adapter)
+            self.loaded.add(job.adapter.id)
+        async with aclosing(self.worker.generate(job)) as events:
+            async for event in events:
+                yield event
 
 
 @contextmanager

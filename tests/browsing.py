@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import math
 import shutil
-import socket
-import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import uvicorn
-from fastapi import FastAPI
 from PIL import Image
 
 from serving.pictures import read_recipe
-from serving.worker import Event, Facts, Job, Worker
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -32,42 +25,6 @@ new MutationObserver((changes) => {
   for (const { target } of changes) window.seen.push([target.querySelector("b").textContent, target.dataset.state]);
 }).observe(document.getElementById("stage"), { subtree: true, attributes: true, attributeFilter: ["data-state"] });
 """
-
-
-class OneWorker:
-    """An engine in this process, with the adapters of a folder."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.loaded: set[str] = set()
-
-    async def facts(self) -> Facts:
-        return self.worker.facts()
-
-    async def trouble(self) -> str | None:
-        return None
-
-    async def generate(self, job: Job) -> AsyncGenerator[Event]:
-        if job.adapter is not None and job.adapter.id not in self.loaded:
-            await self.worker.add_adapter(job.adapter)
-            self.loaded.add(job.adapter.id)
-        async with contextlib.aclosing(self.worker.generate(job)) as events:
-            async for event in events:
-                yield event
-
-
-@contextlib.contextmanager
-def serving(api: FastAPI) -> Iterator[str]:
-    """The address of a server of `api` on loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(api, log_level="error", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join(20)
 
 
 def until(page: Page, condition: str, seconds: float = 20) -> None:

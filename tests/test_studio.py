@@ -25,14 +25,13 @@ import pytest
 import torch
 from PIL import Image
 
-from serving.api import create_api
 from serving.config import ServingConfig
 from serving.engine import Engine
 from serving.pictures import read_recipe
 from serving.protocol import ApiError, Busy
 from serving.worker import Worker
-from tests.asking import CONFIG, FakeBackend, picture
-from tests.browsing import CHROMIUM, WATCH, OneWorker, circle, draw, generate, same, serving, sheet, shown, told, until
+from tests.asking import CONFIG, EngineBackend, FakeBackend, listening, picture
+from tests.browsing import CHROMIUM, WATCH, circle, draw, generate, same, sheet, shown, told, until
 from trainer.adapter import Adapter, AdapterConfig
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup installs it")
@@ -70,9 +69,9 @@ def folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(twin: Path, folder: Path) -> Iterator[str]:
     """The address of a server that draws with both adapters."""
     config = ServingConfig(adapter=str(folder / "own"), adapter_folder=str(folder / "more"))
-    backend = OneWorker(Worker(Engine.load(config.adapter, base=str(twin)), config.model))
-    with serving(create_api(config, backend, None)) as url:
-        yield url
+    backend = EngineBackend(Worker(Engine.load(config.adapter, base=str(twin)), config.model))
+    with listening(backend, config) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +266,9 @@ def test_what_goes_wrong_is_told_in_words(visit: Any, tmp_path: Path) -> None:
         path.mkdir()
         (path / "ip_adapter.safetensors").write_bytes(b"")
         (path / "config.json").write_text("{}")
-    keys = {hashlib.sha256(b"right").hexdigest()}
-    with serving(create_api(config, backend, keys)) as url:  # type: ignore[arg-type]
+    keys: Any = {hashlib.sha256(b"right").hexdigest()}  # is cleared further down
+    with listening(backend, config, keys) as port:
+        url = f"http://127.0.0.1:{port}"
         assert httpx.get(f"{url}/studio").headers["WWW-Authenticate"] == 'Basic realm="AnimeSketch"'
         page = visit(url, key="right")
         generate(page, other="own")
