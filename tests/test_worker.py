@@ -1,153 +1,185 @@
-"""The worker: a batcher in a thread of its own, whose events come out on the loop of who asked."""
+"""The killable worker: its deadline and its memory limit hold whatever the process does."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import io
-import threading
+import builtins
+import errno
+import os
+import re
+import signal
+import struct
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import pytest
-from PIL import Image
 
-from serving.engine import Engine, Slot
-from serving.pictures import read_recipe
-from serving.recipe import Recipe
-from serving.worker import Job, Picture, SamplerStopped, Started, Worker
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from factory import worker
 
 
-@pytest.fixture
-def engine(twin: Path, adapter_folder: Path) -> Engine:
-    return Engine.load(str(adapter_folder), base=str(twin))
+def run(function: str, *args: object, deadline_seconds: float = 30, memory_limit_mb: int = 4000) -> tuple[list, str]:
+    """What came before the failure, and the failure's words."""
+    rows: list = []
+    try:
+        for row in worker.run_killable(
+            function, *args, deadline_seconds=deadline_seconds, memory_limit_mb=memory_limit_mb
+        ):
+            rows.append(row)
+    except worker.WorkerFailed as error:
+        return rows, str(error)
+    return rows, ""
 
 
-async def collected(worker: Worker, job: Job) -> list:
-    return [event async for event in worker.generate(job)]
+def test_a_generator_runs_to_its_end() -> None:
+    assert run(f"{__name__}:_counts", 3) == ([0, 1, 2], "")
 
 
-def recipe(**fields: object) -> Recipe:
-    return Recipe(**{"prompt": "a girl under a tree", "num_inference_steps": 8, "seed": 11, **fields})  # type: ignore[arg-type]
+def test_a_worker_that_hangs_is_ended_and_what_it_gave_stays() -> None:
+    start = time.monotonic()
+    with ThreadPoolExecutor() as pool:  # side by side: each takes its whole deadline
+        hanging = [f"{__name__}:{name}" for name in ("_spins", "_stops", "_stops_within_a_row", "_stops_before_a_row")]
+        for rows, error in pool.map(lambda name: run(name, deadline_seconds=8), hanging):
+            assert rows == [1, 2]
+            assert "not finished after 8 s" in error
+            assert "video.deadline_seconds" in error
+    assert time.monotonic() - start < 16
 
 
-def test_a_job_gives_previews_then_pictures_with_their_recipe(engine: Engine) -> None:
-    job = Job(
-        recipe=recipe(reference=Image.new("RGB", (80, 80), "white"), n=2),
-        partial_images=2,
-        output_format="webp",
-        output_compression=80,
+def test_the_callers_time_is_not_the_workers() -> None:
+    found = []
+    for row in worker.run_killable(f"{__name__}:_waits_for_its_reader", deadline_seconds=4, memory_limit_mb=4000):
+        found.append(len(row))
+        time.sleep(1.5)
+    assert found == [1 << 20] * 4
+
+
+def test_a_machine_that_starts_no_process_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(worker.subprocess, "Popen", no_process)
+    with pytest.raises(worker.WorkerLost, match="no process could be started: Resource temporarily"):
+        list(worker.run_killable(f"{__name__}:_counts", 3, deadline_seconds=4, memory_limit_mb=4000))
+
+
+def test_a_worker_that_takes_memory_is_ended_and_what_it_gave_stays() -> None:
+    start = time.monotonic()
+    rows, error = run(f"{__name__}:_takes_memory", memory_limit_mb=300)
+    assert 0 < len(rows) < 30
+    assert re.match(r"held \d+ MB of memory, 95 % of video.memory_limit_mb=300", error)
+    held = int(error.split()[1])
+    assert 285 <= held < 1500
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("ValueError", worker.WorkerFailed, "a reason"),
+        ("av.error.InvalidDataError", worker.WorkerFailed, "Invalid data"),
+        ("av.error.OSError", worker.WorkerFailed, "Input/output"),  # FFmpeg's word for much that is damaged
+        ("SIGSEGV", worker.WorkerFailed, "crashed .Segmentation fault"),
+        ("SIGSEGV within a row", worker.WorkerFailed, "crashed .Segmentation fault"),
+        ("OSError", worker.WorkerLost, "a reason"),
+        ("ModuleNotFoundError", worker.WorkerLost, "a reason"),
+        ("MemoryError", worker.WorkerLost, "a reason"),
+        ("SIGKILL", worker.WorkerLost, "killed from outside"),
+        ("SIGKILL within a row", worker.WorkerLost, "killed from outside"),
+        ("SIGTERM", worker.WorkerLost, "code -15"),
+    ],
+)
+def test_the_inputs_failures_and_the_machines_are_told_apart(how: str, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        list(worker.run_killable(f"{__name__}:_ends", how, deadline_seconds=30, memory_limit_mb=4000))
+    assert type(caught.value) is kind
+
+
+def test_one_process_answers_for_all_items_and_each_failure_is_of_its_own_item(tmp_path: Path) -> None:
+    items = ["a", "SIGABRT within a row", "b", "ValueError", "c", "SIGKILL", "d", "SIGKILL once", "e"]
+    answers = worker.run_for_each(
+        f"{__name__}:_answers", items, str(tmp_path), deadline_seconds=30, seconds=[1] * 9, memory_limit_mb=4000
     )
-    started, *pictures = asyncio.run(collected(Worker(engine, "m"), job))
-    assert isinstance(started, Started)
-    assert any("random weights" in warning for warning in started.warnings)
-    assert [(p.partial, p.seed) for p in pictures] == [(0, 11), (0, 12), (1, 11), (1, 12), (None, 11), (None, 12)]
-    facts = [read_recipe(Image.open(io.BytesIO(p.data))) for p in pictures]
-    assert facts[-1]["seed"] == 12
-    assert facts[-1]["prompt"] == "a girl under a tree"
-    assert facts[-1]["base_weights_hash"] == engine.backbone.weights_hash
-    assert len(facts[-1]["reference_sha256"]) == 64
+    told = [type(answer) if isinstance(answer, Exception) else answer for answer in answers]
+    failed, lost = worker.WorkerFailed, worker.WorkerLost
+    assert told == ["a", failed, "b", failed, "c", lost, "d", "SIGKILL once", "e"]
+    tried = [path.read_text() for path in sorted(tmp_path.iterdir())]
+    assert tried == ["SIGKILL" * 4, "SIGKILL once" * 2]  # with the others, and then three times alone; once
 
 
-def test_a_long_prompt_is_told_about(engine: Engine) -> None:
-    worker = Worker(engine, "m")
-    assert not any("longer" in warning for warning in worker.warnings(recipe(prompt="a" * 75)))  # + start and end: 77
-    assert any("prompt is 3 tokens longer than the 77" in w for w in worker.warnings(recipe(prompt="a" * 78)))
+def _counts(count: int):
+    yield from range(count)
 
 
-def test_jobs_are_drawn_side_by_side_and_one_that_is_given_up_leaves_after_the_step_in_flight(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[list[int]] = []  # seeds of each step
-    second, go_on = threading.Event(), threading.Event()
-    step = engine.step
-
-    def watched(slots: list[Slot]) -> None:
-        taken.append([slot.recipe.seed for slot in slots])
-        step(slots)
-        if len(taken) == 2:
-            second.set()
-            assert go_on.wait(10)
-
-    monkeypatch.setattr(engine, "step", watched)
-
-    async def main() -> list:
-        worker = Worker(engine, "m")
-        given_up = asyncio.create_task(collected(worker, Job(recipe=recipe(seed=1))))
-        await asyncio.to_thread(second.wait, 10)
-        others = [
-            asyncio.create_task(collected(worker, Job(recipe=recipe(seed=seed, num_inference_steps=3))))
-            for seed in (2, 3)
-        ]
-        await asyncio.sleep(0.05)
-        given_up.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await given_up
-        go_on.set()
-        return await asyncio.gather(*others)
-
-    second_job, third_job = asyncio.run(main())
-    assert [len(second_job), len(third_job)] == [2, 2]
-    assert taken == [[1], [1], [2, 3], [2, 3], [2, 3]]
+def _waits_for_its_reader():
+    for _ in range(4):
+        yield bytes(1 << 20)  # more than a pipe holds
 
 
-def test_a_job_that_is_given_up_before_it_begins_costs_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-    step, slot, made = engine.step, engine.slot, []
-    monkeypatch.setattr(engine, "step", lambda slots: (begun.set(), go_on.wait(10), step(slots)))
-    monkeypatch.setattr(engine, "slot", lambda recipe, *how: (made.append(recipe.seed), slot(recipe, *how))[1])
-
-    async def main() -> None:
-        worker = Worker(engine, "m")
-        first = asyncio.create_task(collected(worker, Job(recipe=recipe(seed=1, num_inference_steps=1))))
-        await asyncio.to_thread(begun.wait, 10)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(collected(worker, Job(recipe=recipe(seed=2))), 0.05)
-        go_on.set()
-        await first
-        await collected(worker, Job(recipe=recipe(seed=3, num_inference_steps=1)))
-
-    asyncio.run(main())
-    assert made == [1, 3]
+def _spins():
+    yield 1
+    yield 2
+    # one call that never returns and never lets go of the GIL
+    re.match(r"(a+)+$", "a" * 64 + "b")
 
 
-def test_an_error_in_one_job_leaves_the_others_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = engine.picture
-    monkeypatch.setattr(engine, "picture", lambda slot: make(slot) if slot.recipe.seed != 9 else make(None))
-
-    async def main() -> list:
-        worker = Worker(engine, "m")
-        jobs = [recipe(size=(65, 64)), recipe(seed=9, n=2), recipe(seed=1)]
-        tasks = [asyncio.create_task(collected(worker, Job(recipe=job))) for job in jobs]
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    wrong_size, no_picture, good = asyncio.run(main())
-    assert isinstance(wrong_size, ValueError)
-    assert "multiples of 8" in str(wrong_size)
-    assert isinstance(no_picture, AttributeError)
-    assert [type(event) for event in good] == [Started, Picture]
+def _stops():
+    yield 1
+    yield 2
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_sampler_that_stops_says_so_to_all(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-
-    async def main() -> None:
-        worker = Worker(engine, "m")
-        monkeypatch.setattr(worker.batcher, "step", lambda: 1 / 0)
-        for _ in range(2):
-            with pytest.raises(SamplerStopped, match="division by zero"):
-                await asyncio.wait_for(collected(worker, Job(recipe=recipe())), 10)
-
-    asyncio.run(main())
+def _stops_before_a_row():
+    yield 1
+    yield 2
+    os.write(int(sys.argv[1]), struct.pack("!i", 1000))  # a row of 1,000 bytes that never come
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_reader_that_stops_after_the_first_event_costs_nothing(engine: Engine) -> None:
-    async def main() -> int:
-        worker = Worker(engine, "m")
-        async with contextlib.aclosing(worker.generate(Job(recipe=recipe(num_inference_steps=999)))) as events:
-            await anext(events)
-        await collected(worker, Job(recipe=recipe(num_inference_steps=1)))
-        return len(worker.batcher)
+def _stops_within_a_row():
+    yield 1
+    yield 2
+    _half_a_row()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
-    assert asyncio.run(main()) == 0
+
+def _half_a_row():
+    os.write(int(sys.argv[1]), struct.pack("!i", 5_000_000) + bytes(2_500_000))
+
+
+def _takes_memory():
+    held = []
+    for i in range(100):
+        held.append(bytearray(os.urandom(1_000_000)) * 50)
+        time.sleep(0.02)
+        yield i
+
+
+def _ends(how: str):
+    yield 1
+    if how.startswith("SIG"):
+        if how.endswith("within a row"):
+            _half_a_row()
+        os.kill(os.getpid(), getattr(signal, how.split()[0]))
+        time.sleep(30)
+    if how.startswith("av."):
+        kind = getattr(av.error, how.rpartition(".")[2])
+        raise kind(errno.EIO, "Invalid data" if "Invalid" in how else "Input/output error")
+    raise getattr(builtins, how)("a reason")
+
+
+def _answers(items: list[str], folder: str):
+    for item in items:
+        if "SIGKILL" in item:
+            with open(os.path.join(folder, item), "a") as file:
+                file.write(item)
+                tried = file.tell() // len(item)
+            if "once" not in item or tried == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        elif item.startswith("SIG"):
+            _half_a_row()
+            os.kill(os.getpid(), getattr(signal, item.split()[0]))
+        elif item.endswith("Error"):
+            raise getattr(builtins, item)("a reason")
+        yield item

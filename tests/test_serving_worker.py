@@ -1,0 +1,153 @@
+"""The worker: a batcher in a thread of its own, whose events come out on the loop of who asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from serving.engine import Engine, Slot
+from serving.pictures import read_recipe
+from serving.recipe import Recipe
+from serving.worker import Job, Picture, SamplerStopped, Started, Worker
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def engine(twin: Path, adapter_folder: Path) -> Engine:
+    return Engine.load(str(adapter_folder), base=str(twin))
+
+
+async def collected(worker: Worker, job: Job) -> list:
+    return [event async for event in worker.generate(job)]
+
+
+def recipe(**fields: object) -> Recipe:
+    return Recipe(**{"prompt": "a girl under a tree", "num_inference_steps": 8, "seed": 11, **fields})  # type: ignore[arg-type]
+
+
+def test_a_job_gives_previews_then_pictures_with_their_recipe(engine: Engine) -> None:
+    job = Job(
+        recipe=recipe(reference=Image.new("RGB", (80, 80), "white"), n=2),
+        partial_images=2,
+        output_format="webp",
+        output_compression=80,
+    )
+    started, *pictures = asyncio.run(collected(Worker(engine, "m"), job))
+    assert isinstance(started, Started)
+    assert any("random weights" in warning for warning in started.warnings)
+    assert [(p.partial, p.seed) for p in pictures] == [(0, 11), (0, 12), (1, 11), (1, 12), (None, 11), (None, 12)]
+    facts = [read_recipe(Image.open(io.BytesIO(p.data))) for p in pictures]
+    assert facts[-1]["seed"] == 12
+    assert facts[-1]["prompt"] == "a girl under a tree"
+    assert facts[-1]["base_weights_hash"] == engine.backbone.weights_hash
+    assert len(facts[-1]["reference_sha256"]) == 64
+
+
+def test_a_long_prompt_is_told_about(engine: Engine) -> None:
+    worker = Worker(engine, "m")
+    assert not any("longer" in warning for warning in worker.warnings(recipe(prompt="a" * 75)))  # + start and end: 77
+    assert any("prompt is 3 tokens longer than the 77" in w for w in worker.warnings(recipe(prompt="a" * 78)))
+
+
+def test_jobs_are_drawn_side_by_side_and_one_that_is_given_up_leaves_after_the_step_in_flight(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[int]] = []  # seeds of each step
+    second, go_on = threading.Event(), threading.Event()
+    step = engine.step
+
+    def watched(slots: list[Slot]) -> None:
+        taken.append([slot.recipe.seed for slot in slots])
+        step(slots)
+        if len(taken) == 2:
+            second.set()
+            assert go_on.wait(10)
+
+    monkeypatch.setattr(engine, "step", watched)
+
+    async def main() -> list:
+        worker = Worker(engine, "m")
+        given_up = asyncio.create_task(collected(worker, Job(recipe=recipe(seed=1))))
+        await asyncio.to_thread(second.wait, 10)
+        others = [
+            asyncio.create_task(collected(worker, Job(recipe=recipe(seed=seed, num_inference_steps=3))))
+            for seed in (2, 3)
+        ]
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        go_on.set()
+        return await asyncio.gather(*others)
+
+    second_job, third_job = asyncio.run(main())
+    assert [len(second_job), len(third_job)] == [2, 2]
+    assert taken == [[1], [1], [2, 3], [2, 3], [2, 3]]
+
+
+def test_a_job_that_is_given_up_before_it_begins_costs_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    step, slot, made = engine.step, engine.slot, []
+    monkeypatch.setattr(engine, "step", lambda slots: (begun.set(), go_on.wait(10), step(slots)))
+    monkeypatch.setattr(engine, "slot", lambda recipe, *how: (made.append(recipe.seed), slot(recipe, *how))[1])
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        first = asyncio.create_task(collected(worker, Job(recipe=recipe(seed=1, num_inference_steps=1))))
+        await asyncio.to_thread(begun.wait, 10)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collected(worker, Job(recipe=recipe(seed=2))), 0.05)
+        go_on.set()
+        await first
+        await collected(worker, Job(recipe=recipe(seed=3, num_inference_steps=1)))
+
+    asyncio.run(main())
+    assert made == [1, 3]
+
+
+def test_an_error_in_one_job_leaves_the_others_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = engine.picture
+    monkeypatch.setattr(engine, "picture", lambda slot: make(slot) if slot.recipe.seed != 9 else make(None))
+
+    async def main() -> list:
+        worker = Worker(engine, "m")
+        jobs = [recipe(size=(65, 64)), recipe(seed=9, n=2), recipe(seed=1)]
+        tasks = [asyncio.create_task(collected(worker, Job(recipe=job))) for job in jobs]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    wrong_size, no_picture, good = asyncio.run(main())
+    assert isinstance(wrong_size, ValueError)
+    assert "multiples of 8" in str(wrong_size)
+    assert isinstance(no_picture, AttributeError)
+    assert [type(event) for event in good] == [Started, Picture]
+
+
+def test_a_sampler_that_stops_says_so_to_all(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    async def main() -> None:
+        worker = Worker(engine, "m")
+        monkeypatch.setattr(worker.batcher, "step", lambda: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(SamplerStopped, match="division by zero"):
+                await asyncio.wait_for(collected(worker, Job(recipe=recipe())), 10)
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_stops_after_the_first_event_costs_nothing(engine: Engine) -> None:
+    async def main() -> int:
+        worker = Worker(engine, "m")
+        async with contextlib.aclosing(worker.generate(Job(recipe=recipe(num_inference_steps=999)))) as events:
+            await anext(events)
+        await collected(worker, Job(recipe=recipe(num_inference_steps=1)))
+        return len(worker.batcher)
+
+    assert asyncio.run(main()) == 0
