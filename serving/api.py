@@ -135,7 +135,9 @@ def create_api(
                 return EventStream(body, holder.pop_all(), config.limits.send_timeout_s)
             async with asyncio.timeout_at(_deadline(config, started)):
                 pictures = await while_there(http, _finished(events))
-            metrics.done(route, len(pictures), time.monotonic() - started)
+            for picture in pictures:
+                metrics.drawn(route, picture)
+            metrics.done(route, time.monotonic() - started)
             return JSONResponse(
                 {
                     "created": int(time.time()),
@@ -200,7 +202,7 @@ def create_api(
         events: AsyncGenerator[Event], http: Request, route: str, job: Job, warnings: tuple[str, ...], started: float
     ) -> AsyncIterator[bytes]:
         """Yield server-sent events: previews, each finished picture, or an error that came after the first byte."""
-        pictures, first = 0, True
+        first = True
         shared = {"size": _size(job), "output_format": job.output_format, "quality": "auto", "background": "opaque"}
         try:
             while True:
@@ -219,9 +221,9 @@ def create_api(
                 if event.partial is not None:
                     yield _sse(f"{EVENTS[route]}.partial_image", {**data, "partial_image_index": event.partial})
                 else:
-                    pictures += 1
+                    metrics.drawn(route, event)
                     yield _sse(f"{EVENTS[route]}.completed", {**data, "warnings": list(warnings)})
-            metrics.done(route, pictures, time.monotonic() - started)
+            metrics.done(route, time.monotonic() - started)
         except TimeoutError:
             yield _sse("error", _timeout(config).body)
         except ApiError as error:

@@ -76,19 +76,20 @@ def image_layers(unet: UNet2DConditionModel, adapter: Adapter, image_BTC: Tensor
     }
 
 
-def side_by_side(rows: Sequence[tuple[Layers, Layers | None, float]]) -> States:
-    """Return the States of a batch whose rows have these texts, images (or none) and alphas.
+def side_by_side(rows: Sequence[tuple[Layers, Layers | None, float]], tokens: int, *, one_form: bool) -> States:
+    """Return the States of a batch whose rows have these texts, images (or none) of `tokens` tokens, and alphas.
 
-    A row without an image has zeros for keys and values, and 0 for alpha: the sum is the base model's, to the bit. All
-    images must have one number of tokens.
+    A row without an image has zeros for keys and values, and 0 for alpha: the sum is the base model's, to the bit. A
+    batch without any has no image branch, unless all batches must have `one_form`, for a compiler.
     """
     texts = [text for text, _, _ in rows]
-    like = next((image for _, image, _ in rows if image is not None), None)
-    if like is None:
+    if not one_form and all(image is None for _, image, _ in rows):
         return {key: (joined, None) for key, joined in _cat(texts).items()}, None
-    nothing = {key: KeyValue(torch.zeros_like(kv.key), torch.zeros_like(kv.value)) for key, kv in like.items()}
+    nothing = {
+        key: KeyValue(*(x.new_zeros(1, x.shape[1], tokens, x.shape[3]) for x in text)) for key, text in texts[0].items()
+    }
     images = _cat([nothing if image is None else image for _, image, _ in rows])
-    some = next(iter(like.values())).key
+    some = next(iter(nothing.values())).key
     scale_B11 = torch.tensor([0.0 if image is None else scale for _, image, scale in rows]).to(some).view(-1, 1, 1)
     return {key: (joined, images[key]) for key, joined in _cat(texts).items()}, scale_B11
 

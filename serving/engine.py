@@ -47,6 +47,9 @@ class Slot:
     timesteps: list[int] = field(default_factory=list)
     # the clean latents (1,4,h,w) that the last step predicted: Engine.picture makes them a preview
     x0: Tensor | None = None
+    # of the steps that drew it, 1 / N of one that drew N, and of their seconds: kept by the worker
+    share: float = 0.0
+    seconds: float = 0.0
 
     @property
     def done(self) -> int:
@@ -78,6 +81,7 @@ class Engine:
         abar = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod])
         self._abar, self._train_steps = abar.to(backbone.device), len(abar) - 1
         self._batch: tuple[list[Slot], States] | None = None
+        self._compiled = False
 
     @classmethod
     def load(
@@ -115,7 +119,10 @@ class Engine:
         if channels_last:
             self.backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
-            self.backbone.unet.compile()
+            # the modules are frozen: that they are still the same need not be asked at each step
+            same = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            self.backbone.unet.compile(options={"max_autotune": True, "guard_filter_fn": same})
+            self._compiled = True
 
     def read_adapter(self, adapter: str) -> Adapter:
         """Return the adapter of a folder or file. AdapterError when it was trained on a base with other weights."""
@@ -252,7 +259,8 @@ class Engine:
         """Return what the rows of a batch attend to; made anew when a slot has joined or left."""
         if self._batch is None or self._batch[0] != list(slots):
             rows = [slot.rows[0] for slot in slots if len(slot.rows) == 2]
-            self._batch = list(slots), side_by_side([*rows, *(slot.rows[-1] for slot in slots)])
+            rows += [slot.rows[-1] for slot in slots]
+            self._batch = list(slots), side_by_side(rows, slots[0].image_tokens, one_form=self._compiled)
         return self._batch[1]
 
 

@@ -41,6 +41,8 @@ class Tally:
     left: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by what
     in_progress: list[float] = field(default_factory=list)  # requests that the server held, seen each second
+    # what the server counted meanwhile: steps of finished pictures, the denoising steps that drew them, their seconds
+    counted: dict[str, float] = field(default_factory=dict)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +83,7 @@ async def load(args: argparse.Namespace, bodies: list[dict[str, Any]]) -> tuple[
     async with httpx.AsyncClient(
         base_url=args.url, headers=headers, limits=limits, timeout=args.timeout, trust_env=False
     ) as http:
-        watch = asyncio.create_task(_watch(http, tally))
+        before, watch = await _counters(http), asyncio.create_task(_watch(http, tally))
         begun, asked = time.monotonic(), []
         for body in bodies:
             at += rng.expovariate(args.rate)
@@ -90,6 +92,7 @@ async def load(args: argparse.Namespace, bodies: list[dict[str, Any]]) -> tuple[
         await asyncio.gather(*asked)
         seconds = time.monotonic() - begun
         watch.cancel()
+        tally.counted = {name: value - before.get(name, 0.0) for name, value in (await _counters(http)).items()}
     return tally, seconds
 
 
@@ -118,15 +121,26 @@ async def _watch(http: httpx.AsyncClient, tally: Tally) -> None:
     """Note each second how many requests the server holds."""
     while True:
         await asyncio.sleep(1)
-        try:
-            lines = (await http.get("/metrics")).text.splitlines()
-        except httpx.HTTPError:
-            continue
-        tally.in_progress += [float(line.split()[-1]) for line in lines if line.startswith("animesketch_requests_in_p")]
+        tally.in_progress += [
+            value for name, value in (await _counters(http)).items() if name == "animesketch_requests_in_progress"
+        ]
+
+
+async def _counters(http: httpx.AsyncClient) -> dict[str, float]:
+    """Return the server's counters that have no labels; none when it does not answer."""
+    try:
+        lines = (await http.get("/metrics")).text.splitlines()
+    except httpx.HTTPError:
+        return {}
+    return {name: float(value) for name, _, value in (line.partition(" ") for line in lines) if name.isidentifier()}
 
 
 def summary(tally: Tally, seconds: float) -> dict[str, Any]:
-    """Return the numbers of a run: latencies in seconds, goodput in requests a second."""
+    """Return the numbers of a run: latencies in seconds, goodput in requests a second.
+
+    `occupancy` is the mean number of pictures in a denoising step.
+    """
+    steps = tally.counted.get("animesketch_steps_total", 0.0)
     return {
         "answered": len(tally.answered),
         "refused": len(tally.refused),
@@ -137,6 +151,8 @@ def summary(tally: Tally, seconds: float) -> dict[str, Any]:
         "latency": percentiles(tally.answered),
         "refused_within": percentiles(tally.refused),
         "in_progress": round(statistics.mean(tally.in_progress), 2) if tally.in_progress else None,
+        "occupancy": round(tally.counted["animesketch_picture_steps_total"] / steps, 2) if steps else None,
+        "step_seconds": round(tally.counted["animesketch_step_seconds_total"] / steps, 4) if steps else None,
     }
 
 

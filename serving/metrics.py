@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.protocol import ApiError
-from serving.worker import Facts, Job
+from serving.worker import Facts, Job, Picture
 
 
 class Metrics:
@@ -29,6 +29,11 @@ class Metrics:
         self.first = Histogram("animesketch_first_partial_seconds", "Time to a stream's first picture.", **one)
         self.pictures = Counter("animesketch_pictures", "Finished pictures.", ["route"], **one)
         self.seconds = Histogram("animesketch_request_seconds", "Time of finished requests.", ["route"], **one)
+        self.picture_steps = Counter("animesketch_picture_steps", "Steps of finished pictures.", **one)
+        self.steps = Counter(
+            "animesketch_steps", "Denoising steps that drew them; picture_steps / steps is a batch's occupancy.", **one
+        )
+        self.step_seconds = Counter("animesketch_step_seconds", "Seconds of those; / steps is what one takes.", **one)
         self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
 
     @contextlib.contextmanager
@@ -56,7 +61,13 @@ class Metrics:
         """Count a refusal by its reason."""
         self.refused.labels(error.body["error"]["code"] or str(error.status)).inc()
 
-    def done(self, route: str, pictures: int, seconds: float) -> None:
-        """Count the pictures of a request that was answered with them."""
-        self.pictures.labels(route).inc(pictures)
+    def drawn(self, route: str, picture: Picture) -> None:
+        """Count a finished picture."""
+        self.pictures.labels(route).inc()
+        self.picture_steps.inc(picture.steps)
+        self.steps.inc(picture.share)
+        self.step_seconds.inc(picture.seconds)
+
+    def done(self, route: str, seconds: float) -> None:
+        """Count a request that was answered with its pictures."""
         self.seconds.labels(route).observe(seconds)

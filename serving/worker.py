@@ -54,6 +54,10 @@ class Picture:
     data: bytes
     seed: int
     partial: int | None = None
+    # of a result: its steps; its share of the steps that drew it, 1 / N of one that drew N; and of their seconds
+    steps: int = 0
+    share: float = 0.0
+    seconds: float = 0.0
 
 
 Event = Started | Picture
@@ -257,8 +261,11 @@ class Worker:
         self._since = begun = time.monotonic()
         slots, failed = self.batcher.step()
         if slots:
-            waiting = len(self.batcher) - sum(bool(slot.timesteps) for slot in slots)
-            self._watch(len(slots), waiting, time.monotonic() - begun)
+            waiting, seconds = len(self.batcher) - sum(bool(slot.timesteps) for slot in slots), time.monotonic() - begun
+            self._watch(len(slots), waiting, seconds)
+            for slot in slots:
+                slot.share += 1 / len(slots)
+                slot.seconds += seconds / len(slots)
         for slot, error in failed:
             if id(slot) in self._running:  # its job has not failed by another slot
                 self._fail(self._running[id(slot)], error)
@@ -304,7 +311,7 @@ class Worker:
         except Exception as error:
             self._fail(running, error)
             return
-        self._files.submit(self._write, running, image, slot.number, partial)
+        self._files.submit(self._write, running, image, slot, partial)
         if not slot.timesteps:
             del self._running[id(slot)]
             running.slots = [other for other in running.slots if other is not slot]
@@ -316,11 +323,11 @@ class Worker:
         self._leave(running)
         self._files.submit(self._send, running, error)
 
-    def _write(self, running: _Running, image: Image.Image, number: int, partial: int | None) -> None:
+    def _write(self, running: _Running, image: Image.Image, slot: Slot, partial: int | None) -> None:
         if running.left:
             return
         try:
-            self._send(running, self._picture(running.job, image, number, partial))
+            self._send(running, self._picture(running.job, image, slot, partial))
         except Exception as error:
             self._send(running, error)
 
@@ -337,9 +344,9 @@ class Worker:
             found.append("The base has random weights, made for tests: pictures are noise.")
         return tuple(found)
 
-    def _picture(self, job: Job, image: Image.Image, i: int, partial: int | None) -> Picture:
-        """Return picture i as a file whose recipe makes it again, alone: its own seed, no time, no request id."""
-        recipe, backbone = job.recipe, self.engine.backbone
+    def _picture(self, job: Job, image: Image.Image, slot: Slot, partial: int | None) -> Picture:
+        """Return a picture as a file whose recipe makes it again, alone: its own seed, no time, no request id."""
+        recipe, seed, backbone = job.recipe, job.recipe.seed + slot.number, self.engine.backbone
         width, height = image.size
         facts = {
             "prompt": recipe.prompt,
@@ -347,7 +354,7 @@ class Worker:
             "num_inference_steps": recipe.num_inference_steps,
             "guidance_scale": recipe.guidance_scale,
             "adapter_scale": recipe.adapter_scale,
-            "seed": recipe.seed + i,
+            "seed": seed,
             "size": f"{width}x{height}",
             "reference_sha256": recipe.reference_sha256,
             "model": job.adapter.name if job.adapter else self.model,
@@ -356,7 +363,9 @@ class Worker:
             "dtype": str(backbone.unet.dtype).removeprefix("torch."),
         }
         data = write_picture(image, job.output_format, job.output_compression, facts)
-        return Picture(data=data, seed=recipe.seed + i, partial=partial)
+        if partial is not None:
+            return Picture(data=data, seed=seed, partial=partial)
+        return Picture(data=data, seed=seed, steps=slot.done, share=slot.share, seconds=slot.seconds)
 
     @staticmethod
     def _send(running: _Running, event: Event | Exception | None) -> None:

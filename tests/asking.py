@@ -70,7 +70,8 @@ class FakeBackend:
                     "RGB"
                 )
                 data = write_picture(image, job.output_format, job.output_compression, {"seed": seed})
-                yield Picture(data=data, seed=seed, partial=partial)
+                steps = job.recipe.num_inference_steps if partial is None else 0
+                yield Picture(data=data, seed=seed, partial=partial, steps=steps, share=steps / 4, seconds=steps / 40)
         finally:
             self.closed += 1
 

@@ -46,6 +46,7 @@ def test_every_request_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["answered"] > 0
     assert 0 < told["latency"]["p50"] <= told["latency"]["p95"] <= told["latency"]["max"] < told["seconds"]
     assert told["goodput"] == pytest.approx(told["answered"] / told["seconds"], rel=0.02)
+    assert (told["occupancy"], told["step_seconds"]) == (4.0, 0.1)  # as the backend's pictures say
     broken = FakeBackend()
     broken.fail = RuntimeError("a fault of its own")
     told = run(broken, monkeypatch)

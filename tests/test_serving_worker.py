@@ -90,6 +90,9 @@ def test_jobs_are_drawn_side_by_side_and_one_that_is_given_up_leaves_after_the_s
     second_job, third_job = asyncio.run(main())
     assert [len(second_job), len(third_job)] == [2, 2]
     assert taken == [[1], [1], [2, 3], [2, 3], [2, 3]]
+    for picture in (second_job[1], third_job[1]):
+        assert (picture.steps, picture.share) == (3, 1.5)  # half of each of its steps
+        assert picture.seconds > 0
 
 
 def test_a_job_that_is_given_up_before_it_begins_costs_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
