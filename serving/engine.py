@@ -121,7 +121,7 @@ class Engine:
         if compile:
             # the modules are frozen: that they are still the same need not be asked at each step
             same = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-            self.backbone.unet.compile(options={"max_autotune": True, "guard_filter_fn": same})
+            self.backbone.unet.compile(options={"guard_filter_fn": same})
             self._compiled = True
 
     def read_adapter(self, adapter: str) -> Adapter:
@@ -133,13 +133,12 @@ class Engine:
                 f"Adapter {adapter} was trained on base {trained_on.get('id')} {wanted[:12]}…, this server runs "
                 f"{self.backbone.id} {self.backbone.weights_hash[:12]}…. Start it with base=… or pick another adapter."
             )
-        return Adapter.from_pretrained(adapter, dtype=self.backbone.unet.dtype)
+        return Adapter.from_pretrained(adapter, dtype=self.backbone.dtype)
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Have `adapter` draw for recipes that name it. AdapterError when it does not fit the UNet."""
         adapter.check(self.backbone.unet)
-        unet = self.backbone.unet
-        self.adapters[name] = adapter.to(unet.device, unet.dtype).requires_grad_(False).eval()
+        self.adapters[name] = adapter.to(self.backbone.device, self.backbone.dtype).requires_grad_(False).eval()
 
     def remove(self, name: str) -> None:
         """Give an adapter up; slots that it has made are drawn to their end."""
@@ -180,7 +179,7 @@ class Engine:
         times = [slot.timesteps[0] for slot in slots]
         t_N = torch.tensor(times, device=latents_N4hw.device)
         before_N = [t - self._train_steps // s.recipe.num_inference_steps for t, s in zip(times, slots, strict=True)]
-        model_input = latents_N4hw[order].to(unet.dtype)
+        model_input = latents_N4hw[order].to(self.backbone.dtype)
         eps = unet(model_input, t_N[order], encoder_hidden_states=self._states(slots), return_dict=False)[0].float()
         eps_N4hw = eps[len(guided) :]
         if guided:

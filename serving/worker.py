@@ -360,7 +360,7 @@ class Worker:
             "model": job.adapter.name if job.adapter else self.model,
             "base": backbone.id,
             "base_weights_hash": backbone.weights_hash,
-            "dtype": str(backbone.unet.dtype).removeprefix("torch."),
+            "dtype": str(backbone.dtype).removeprefix("torch."),
         }
         data = write_picture(image, job.output_format, job.output_compression, facts)
         if partial is not None:

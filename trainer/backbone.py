@@ -61,7 +61,12 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the models are."""
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # `unet.device` and `unet.dtype` go through all parameters: milliseconds
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
+        return self.unet.conv_in.weight.dtype
 
     @property
     def native_size(self) -> int:

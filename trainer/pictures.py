@@ -53,7 +53,7 @@ def draw_picture(
     shape = (1, base.vae.config.latent_channels, side // base.latent_factor, side // base.latent_factor)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(base.device)
     for t in scheduler.timesteps:
-        both, at = latents.repeat(2, 1, 1, 1).to(base.unet.dtype), t.repeat(2).to(base.device)
+        both, at = latents.repeat(2, 1, 1, 1).to(base.dtype), t.repeat(2).to(base.device)
         eps = adapter.denoise(base.unet, both, at, text_2TC, image_2IC, config.adapter_scale).float()
         eps_without, eps_with = eps.chunk(2)
         eps = eps_without + config.guidance_scale * (eps_with - eps_without)

@@ -81,7 +81,7 @@ def training_pass(
     yield PARTS[1]
     hidden = base.encode_pixels(inputs["reference"])
     yield PARTS[2]
-    noisy = add_noise(scheduler, latents, inputs["noise"], inputs["timesteps"]).to(base.unet.dtype)
+    noisy = add_noise(scheduler, latents, inputs["noise"], inputs["timesteps"]).to(base.dtype)
     with autocast:
         loss = noise_loss(adapter(base.unet, noisy, inputs["timesteps"], text, hidden), inputs["noise"])
     loss.backward()

@@ -83,7 +83,7 @@ class Worker:
         self.null_1NE, self.null_1TC = self.base.encode_image_null(1), self.base.encode_text([""])
         self.source: Source = Encoders(self.base, self.samples)
         if cache:
-            self.source = Cache(cache, self.samples.frame_ids, device=device, dtype=self.base.unet.dtype)
+            self.source = Cache(cache, self.samples.frame_ids, device=device, dtype=self.base.dtype)
         self._ahead = ThreadPoolExecutor(1)  # reads the next batch while this one trains
         self._next: tuple[int, Future[tuple[list[Draw], list[Any]]]] | None = None
         self._waited = 0.0  # seconds that a step has waited for its samples
@@ -337,7 +337,7 @@ class Worker:
         timesteps = torch.tensor([d.timestep for d in draws], device=self.device)
         mean, std = source.posterior(samples)
         latents = self.base.sample_latents(mean, std, torch.stack([d.posterior_4hw for d in draws]))
-        noisy = add_noise(self.scheduler, latents, noise, timesteps).to(self.base.unet.dtype)
+        noisy = add_noise(self.scheduler, latents, noise, timesteps).to(self.base.dtype)
         return noisy, timesteps, *self._told(samples, draws, source), noise
 
     def _told(
