@@ -121,7 +121,7 @@ class Engine:
         if compile:
             # the modules are frozen: that they are still the same need not be asked at each step
             same = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-            self.backbone.unet.compile(options={"guard_filter_fn": same})
+            self.backbone.unet.compile(options={"max_autotune": True, "guard_filter_fn": same})
             self._compiled = True
 
     def read_adapter(self, adapter: str) -> Adapter:

@@ -28,8 +28,7 @@ from trainer.backbone import load_backbone
 from trainer.base import MICRO
 
 REQUESTS = 40  # of a trial
-LONGEST, FIRST, GROWTH = 3.0, 0.4, 1.15  # times the unloaded time; load of the first trial; a trial to the next
-
+LONGEST, FIRST, GROWTH = 3.0, 0.7, 1.15  # times the unloaded time; load of the first trial; a rate to the next
 WAIT_S = 0.05  # of the peer, for a batch to fill up: it pays that alone too
 REPLICA = {
     "max_ongoing_requests": 1000,
@@ -114,27 +113,46 @@ def capacity() -> Iterator[str]:
         yield ""
         yield "| side | requests/s | 95 % within, times its own alone | times the mean | median | pictures a step |"
         yield "|---|---|---|---|---|---|"
-        best: dict[str, list[float]] = {}
-        alone = {"ours": alone, "@serve.batch": alone + WAIT_S}
+        capacities = []
         for name, side in sides.items():
-            best[name], of_own, of_mean = [0.0, 0.0], alone[name], alone[name].mean()
-            held = [True, True]  # at every rate so far
-            power = 0
-            while any(held) or (not all(best[name]) and power > -12):  # up to where both are broken, then down
-                rate = FIRST * GROWTH**power / of_mean
-                times, pictures = asyncio.run(trial(side, rate))
-                own, mean = np.quantile(times / of_own, 0.95), np.quantile(times, 0.95) / of_mean
-                middle = np.median(times / of_own)
+            rates = Rates(side, alone + (WAIT_S if name == "@serve.batch" else 0.0))
+            capacities.append([rates.highest(measure) for measure in range(2)])
+            for rate, (own, mean, middle, pictures) in sorted(rates.seen.items()):
                 yield f"| {name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {middle:.2f} | {pictures:.2f} |"
-                for measure, worst in enumerate((own, mean)):
-                    held[measure] &= worst <= LONGEST
-                    if held[measure] or (power < 0 and worst <= LONGEST):
-                        best[name][measure] = max(best[name][measure], rate)
-                power = power + 1 if any(held) else min(power, 0) - 1
         yield ""
-        for what, ours, peers in zip(("its own time", "the mean time"), *best.values(), strict=True):
+        for what, ours, peers in zip(("its own time", "the mean time"), *capacities, strict=True):
             yield f"Capacity, of {what} alone: {ours:.3f} against {peers:.3f} requests/s, {ours / peers:.2f} times."
         serve.shutdown()
+
+
+class Rates:
+    """Trials of one side at rates that grow by GROWTH."""
+
+    def __init__(self, side: DeploymentHandle, alone: np.ndarray) -> None:
+        self._side, self._alone = side, alone
+        self.seen: dict[float, tuple[float, float, float, float]] = {}
+
+    def highest(self, measure: int) -> float:
+        """Return the highest rate that holds: found by twos, upwards or downwards, then the one between is tried."""
+        k = 0
+        if self._holds(k, measure):
+            while self._holds(k + 2, measure):
+                k += 2
+        else:
+            while not self._holds(k, measure):
+                k -= 2
+        return self._rate(k + 1) if self._holds(k + 1, measure) else self._rate(k)
+
+    def _rate(self, k: int) -> float:
+        return FIRST * GROWTH**k / self._alone.mean()
+
+    def _holds(self, k: int, measure: int) -> bool:
+        rate, alone = self._rate(k), self._alone
+        if rate not in self.seen:
+            times, pictures = asyncio.run(trial(self._side, rate))
+            own, mean = np.quantile(times / alone, 0.95), np.quantile(times, 0.95) / alone.mean()
+            self.seen[rate] = own, mean, float(np.median(times / alone)), pictures
+        return self.seen[rate][measure] <= LONGEST
 
 
 def requests() -> list[Recipe]:
