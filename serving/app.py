@@ -31,7 +31,7 @@ from serving.config import ServingConfig, from_args
 from serving.engine import ONLY, Engine
 from serving.keys import is_loopback, load_keys
 from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, SamplerStopped, Worker, draw_canary
+from serving.worker import Event, Facts, Job, SamplerStopped, Worker, draw_canary, draw_shapes
 from trainer.adapter import AdapterError
 
 log = logging.getLogger("ray.serve")
@@ -39,6 +39,7 @@ REPLICA, INGRESS = "SketchReplica", "SketchIngress"
 MAX_ADAPTERS = 8  # of the folder, loaded in a replica at a time; 98 MB each for SD v1.5 in fp16
 STATUS_S = 2.0  # how long an answer of Serve's controller is used again by /health
 HEALTH_S = 5.0  # between two health checks; the third in a row that fails has a replica replaced
+AGAIN = {"Retry-After": "5"}  # with answers of 503: another replica, or an adapter put right, is there by then
 PATIENCE, LEAST_PATIENCE_S = 5, 60.0  # times the whole warm-up, before a single step counts as one that hangs
 
 
@@ -94,6 +95,8 @@ class SketchReplica:
             compile=config.compile,
         )
         begun = time.monotonic()
+        if config.compile:
+            draw_shapes(engine)
         seconds = step_seconds(engine, ONLY, config.max_batch_size)
         patience_s = max(LEAST_PATIENCE_S, PATIENCE * (time.monotonic() - begun))  # what compiles a step is in it
         draw_canary(engine)
@@ -268,12 +271,12 @@ def _told() -> Iterator[None]:
         raise Busy from None
     except ModelUnavailable as error:
         (message,) = getattr(error, "cause", error).args
-        raise ApiError(503, message, type="server_error", code="model_unavailable") from None
+        raise ApiError(503, message, type="server_error", code="model_unavailable", headers=AGAIN) from None
     except (
         RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError, SamplerStopped
     ) as error:  # fmt: skip
         message = "The replica that worked on this is gone. Try again."
-        raise ApiError(503, message, type="server_error", code="unavailable", headers={"Retry-After": "5"}) from error
+        raise ApiError(503, message, type="server_error", code="unavailable", headers=AGAIN) from error
 
 
 def _refuse_open_bind(host: str | None) -> None:

@@ -79,7 +79,7 @@ class ServingConfig:
     dtype: str = "float32"
     # "cpu", "cuda"; None = a GPU when num_gpus is set
     device: str | None = None
-    # torch.compile the UNet: faster steps after a start of minutes; needs a C++ compiler on a CPU
+    # torch.compile the UNet, tuned: faster steps after a start of many minutes; needs a C++ compiler on a CPU
     compile: bool = False
     # keep the weights of convolutions, and what goes through them, with channels last: faster on tensor cores
     channels_last: bool = False

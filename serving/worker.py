@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 import time
@@ -97,6 +98,15 @@ class _Running:
 def draw_canary(engine: Engine) -> None:
     """Draw a small picture to see whether it can be done. ArithmeticError when it is not finite."""
     engine.infer(Recipe(prompt="a canary", reference=Image.new("RGB", (64, 64)), num_inference_steps=2))
+
+
+def draw_shapes(engine: Engine) -> None:
+    """Draw what a compiled UNet takes for new, so that no request waits for the compiler: sizes, one row and more."""
+    side, white = engine.backbone.native_size, Image.new("RGB", (64, 64))
+    for size, guidance in itertools.product(((side, side), (side + side // 2, side)), (7.5, 1.0)):
+        recipe = Recipe(prompt="a shape", reference=white, num_inference_steps=1, size=size, guidance_scale=guidance)
+        for count in (1, 2):
+            engine.step([engine.slot(recipe, number) for number in range(count)])
 
 
 class Worker:
