@@ -53,10 +53,13 @@ class Adapters:
             return None
         try:
             path = find_adapter(self._folder / name)
-            sums = path / SUMS
-            mark = (
-                sums.read_bytes() if sums.is_file() else repr((path.stat().st_size, path.stat().st_mtime_ns)).encode()
-            )
+            return Served(name=name, path=str(path), version=version_of(path))
         except (OSError, AdapterError):  # it is not there, or is being put there, or is something else
             return None
-        return Served(name=name, path=str(path), version=hashlib.sha256(mark).hexdigest()[:12])
+
+
+def version_of(path: Path) -> str:
+    """Return what changes with the content of an adapter's folder, or bare file. OSError when it can't be read."""
+    sums = path / SUMS
+    mark = sums.read_bytes() if sums.is_file() else repr((path.stat().st_size, path.stat().st_mtime_ns)).encode()
+    return hashlib.sha256(mark).hexdigest()[:12]

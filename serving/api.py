@@ -32,7 +32,7 @@ from serving.worker import Event, Facts, Job, Picture, Started
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 ROUTES = (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics")  # counted by name
 EVENTS = {GENERATIONS: "image_generation", EDITS: "image_edit"}  # OpenAI's names of streamed events
-REPLY_S = 5.0  # how long /health waits for a first word of a replica
+REPLY_S = 5.0  # how long a first word of a replica is waited for, and for the state of all
 
 
 class Backend(Protocol):
@@ -96,6 +96,14 @@ def create_api(
     locked = [] if digests is None else [Security(bearer)]
     refusals = (400, 401, 403, 413, 500, 503)
 
+    async def known() -> Facts:
+        try:
+            async with asyncio.timeout(REPLY_S):
+                return await backend.facts()
+        except TimeoutError:
+            message, headers = "No replica has answered yet. Try again.", _retry_after(config)
+            raise ApiError(503, message, type="server_error", code="unavailable", headers=headers) from None
+
     def look_for_place() -> None:
         if metrics.active >= config.max_requests:
             raise Busy
@@ -122,7 +130,7 @@ def create_api(
             async with asyncio.timeout(config.request_timeout_s):
                 request, job, warnings = await read_job(http, route)
                 holder.enter_context(place())
-                holder.enter_context(metrics.owed(await backend.facts(), job))
+                holder.enter_context(metrics.owed(await known(), job, config.min_replicas, config.request_timeout_s))
                 events = backend.generate(job)
                 holder.push_async_callback(events.aclose)
                 # Started: only now is it known that there is a place
@@ -154,7 +162,7 @@ def create_api(
 
     async def read_job(http: Request, route: str) -> tuple[Any, Job, tuple[str, ...]]:
         """Return the checked request, its job, and warnings about fields that will have no effect."""
-        facts = await backend.facts()
+        facts = await known()
         rules: Any = {"native_size": facts.native_size, "factor": facts.size_multiple, "limits": config.limits}
         if route == GENERATIONS:
             _content_type(http, "application/json")
@@ -225,11 +233,15 @@ def create_api(
                     yield _sse(f"{EVENTS[route]}.completed", {**data, "warnings": list(warnings)})
             metrics.done(route, time.monotonic() - started)
         except TimeoutError:
-            yield _sse("error", _timeout(config).body)
+            yield failed(_timeout(config))
         except ApiError as error:
-            yield _sse("error", error.body)
+            yield failed(error)
         except Exception:
-            yield _sse("error", server_error(http.scope).body)
+            yield failed(server_error(http.scope))
+
+    def failed(error: ApiError) -> bytes:
+        metrics.refuse(error)
+        return _sse("error", error.body)
 
     body = openapi.json_body(GenerationRequest, config.limits)
 
@@ -248,7 +260,7 @@ def create_api(
     @api.get("/v1/models", responses=openapi.responses(protocol.ModelList, *refusals), dependencies=locked)
     async def models() -> Response:
         """The models of this server: adapters of one base."""
-        facts = await backend.facts()
+        facts = await known()
         names = [facts.model, *(name for name in await asyncio.to_thread(adapters.names) if name != facts.model)]
         model = {"object": "model", "created": 0, "owned_by": "animesketch", **_describe(facts)}
         return JSONResponse({"object": "list", "data": [{"id": name, **model} for name in names]})
@@ -259,10 +271,8 @@ def create_api(
         try:
             async with asyncio.timeout(REPLY_S):
                 trouble = await backend.trouble()
-                if trouble is None:
-                    await backend.facts()
         except TimeoutError:
-            trouble = "No replica has answered yet."
+            trouble = "Serve's controller does not answer."
         if trouble is not None:
             raise ApiError(503, trouble, type="server_error", code="unavailable")
         return JSONResponse({"status": "ok"})

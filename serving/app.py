@@ -24,7 +24,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.adapters import Adapters, ModelUnavailable, Served
+from serving.adapters import Adapters, ModelUnavailable, Served, version_of
 from serving.api import create_api
 from serving.batcher import best_cap, step_seconds
 from serving.config import ServingConfig, from_args
@@ -32,7 +32,7 @@ from serving.engine import ONLY, Engine
 from serving.keys import is_loopback, load_keys
 from serving.protocol import ApiError, Busy
 from serving.worker import Event, Facts, Job, SamplerStopped, Worker, draw_canary, draw_shapes
-from trainer.adapter import AdapterError
+from trainer.adapter import AdapterError, find_adapter
 
 log = logging.getLogger("ray.serve")
 REPLICA, INGRESS = "SketchReplica", "SketchIngress"
@@ -107,6 +107,7 @@ class SketchReplica:
         self.worker = Worker(
             engine,
             config.model,
+            version=version_of(find_adapter(config.adapter)),
             cap=cap,
             steps_per_second=cap / seconds[cap],
             patience_s=patience_s,
@@ -125,14 +126,18 @@ class SketchReplica:
     async def adapter(self, id: str) -> "LoadedAdapter":
         """Load an adapter of the folder; Serve unloads the least recently used, and asks replicas that have it."""
         name = id.rpartition("@")[0]
+        gone = ModelUnavailable(f"Model {name} was replaced or removed just now. Try again.")
         served = self.adapters.find(name)
         if served is None or served.id != id:
-            raise ModelUnavailable(f"Model {name} was replaced or removed just now. Try again.")
+            raise gone
         try:
             await self.worker.add_adapter(served)
         except AdapterError as error:
             log.error("Adapter %s cannot be served: %s", name, error)
             raise ModelUnavailable(f"Model {name} cannot be loaded: the server's log says why.") from None
+        if self.adapters.find(name) != served:  # while it was read: who knows which one was
+            self.worker.remove_adapter(served)
+            raise gone
         return LoadedAdapter(self.worker, served)
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
@@ -151,15 +156,22 @@ class ServeBackend:
         self._config = config
         self._replicas = replicas
         self._facts: Facts | None = None
+        self._asked: asyncio.Task[Facts] | None = None
         self._status: tuple[float, str | None] = (0.0, None)  # when it is out of date, and what it was
 
     async def facts(self) -> Facts:
         """Return what the server is: remembered once a replica of our own settings has said it.
 
-        During a rolling update the one asked may still be of the settings before.
+        During a rolling update the one asked may still be of the settings before. One question at a time is asked: it
+        waits for a place like a request.
         """
         if self._facts is not None:
             return self._facts
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.create_task(self._ask())
+        return await asyncio.shield(self._asked)
+
+    async def _ask(self) -> Facts:
         with _told():
             facts, config = await cast(Any, self._replicas.facts.remote())
         facts = dataclasses.replace(facts, model=self._config.model)
@@ -172,9 +184,11 @@ class ServeBackend:
         if self._status[0] < time.monotonic():
             status = await asyncio.to_thread(serve.status)
             app = status.applications[serve.get_replica_context().app_name]
-            states = app.deployments[REPLICA].replica_states
-            running = sum(count for state, count in states.items() if state == "RUNNING")
-            text = None if running else f"No replica runs: {app.deployments[REPLICA].message or app.status.value}"
+            states: dict[Any, int] = app.deployments[REPLICA].replica_states
+            text = None
+            if not states.get("RUNNING"):
+                log.error("No replica runs: %s", app.deployments[REPLICA].message or app.status.value)
+                text = "No replica runs: the server's log says why."
             self._status = (time.monotonic() + STATUS_S, text)
         return self._status[1]
 

@@ -52,7 +52,7 @@ class Batcher:
         try:
             self.engine.step(slots)
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) and len(slots) > 1:
                 self.cap = max(1, self.cap // 2)
             failed = [(slots[0], error)] if len(slots) == 1 else self._one_by_one(slots)
             slots = [slot for slot in slots if all(slot is not other for other, _ in failed)]

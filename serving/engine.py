@@ -114,7 +114,8 @@ class Engine:
     def quicken(self, *, channels_last: bool = False, compile: bool = False) -> None:
         """Lay out the UNet's convolutions with channels last, compile it: each first step of a new shape takes longer.
 
-        A compiled UNet takes any number of slots of a shape; torch compiles it anew for each of the first sizes.
+        A compiled UNet takes any number of slots of any multiple of `size_multiple`, once it has seen a few of them
+        (`serving.worker.draw_shapes`). One engine of a process can be compiled: others would share its code.
         """
         if channels_last:
             self.backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -219,6 +220,12 @@ class Engine:
         if not bool(torch.isfinite(pixels_13HW).all()):
             raise ArithmeticError("Sampling gave NaN or infinity. Run with dtype float32 or bfloat16.")
         return Image.fromarray(pixels_to_image(pixels_13HW)[0])
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that sides are multiples of: the VAE's factor; of a compiled UNet, what it halves without a rest."""
+        halvings = len(self.backbone.unet.config["block_out_channels"]) - 1 if self._compiled else 0
+        return self.backbone.latent_factor * 2**halvings
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
         """Return width and height in pixels of a recipe's pictures. ValueError unless the VAE can make them."""

@@ -72,6 +72,9 @@ class Gate:
             await self.app(scope, body.receive, answered)
         except ClientDisconnect:
             self.metrics.left.inc()  # nobody is there to answer
+        except asyncio.CancelledError:  # Serve's way to say so
+            self.metrics.left.inc()
+            raise
         except Exception:
             error = server_error(scope)
             if begun:  # the status is out: break the connection, so that the client sees the answer is cut off

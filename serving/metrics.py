@@ -1,4 +1,4 @@
-"""Counters of one ingress, for Prometheus, and from them the seconds until a place is free."""
+"""Counters of one ingress, for Prometheus, and from them the seconds that what is under way will take."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from serving.protocol import ApiError
+from serving.protocol import ApiError, Busy
 from serving.worker import Facts, Job, Picture
+
+SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # bounds of the histograms
 
 
 class Metrics:
@@ -23,12 +25,13 @@ class Metrics:
         self._owed, self._speed = 0.0, 0.0  # steps of a picture; and of them, what a replica takes in a second
         self.registry = CollectorRegistry()
         one: Any = {"registry": self.registry}
+        timed: Any = {"registry": self.registry, "buckets": SECONDS}
         self.responses = Counter("animesketch_http_responses", "Answers.", ["route", "status"], **one)
         self.refused = Counter("animesketch_http_refused", "Requests refused, by the error's code.", ["code"], **one)
         self.left = Counter("animesketch_clients_left", "Requests whose client left before the answer.", **one)
-        self.first = Histogram("animesketch_first_partial_seconds", "Time to a stream's first picture.", **one)
+        self.first = Histogram("animesketch_first_partial_seconds", "Time to a stream's first picture.", **timed)
         self.pictures = Counter("animesketch_pictures", "Finished pictures.", ["route"], **one)
-        self.seconds = Histogram("animesketch_request_seconds", "Time of finished requests.", ["route"], **one)
+        self.seconds = Histogram("animesketch_request_seconds", "Time of finished requests.", ["route"], **timed)
         self.picture_steps = Counter("animesketch_picture_steps", "Steps of finished pictures.", **one)
         self.steps = Counter(
             "animesketch_steps", "Denoising steps that drew them; picture_steps / steps is a batch's occupancy.", **one
@@ -37,12 +40,17 @@ class Metrics:
         self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
 
     @contextlib.contextmanager
-    def owed(self, facts: Facts, job: Job) -> Iterator[None]:
-        """Count the steps of a job, in pictures of the native size, as under way while the block runs."""
+    def owed(self, facts: Facts, job: Job, replicas: int, most_s: float) -> Iterator[None]:
+        """Count the steps of a job, in pictures of the native size, as under way while the block runs.
+
+        Busy when it would not be done within `most_s`, behind what is under way. Alone it may try.
+        """
         recipe, (width, height) = job.recipe, facts.native_size
         area = math.prod(recipe.size or facts.native_size) / (width * height)
         steps = recipe.n * recipe.num_inference_steps * area
         self._speed = facts.steps_per_second
+        if self._owed and self._owed + steps > most_s * self._speed * replicas > 0:
+            raise Busy
         self._owed += steps
         try:
             yield

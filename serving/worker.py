@@ -102,8 +102,8 @@ def draw_canary(engine: Engine) -> None:
 
 def draw_shapes(engine: Engine) -> None:
     """Draw what a compiled UNet takes for new, so that no request waits for the compiler: sizes, one row and more."""
-    side, white = engine.backbone.native_size, Image.new("RGB", (64, 64))
-    for size, guidance in itertools.product(((side, side), (side + side // 2, side)), (7.5, 1.0)):
+    side, more, white = engine.backbone.native_size, engine.size_multiple, Image.new("RGB", (64, 64))
+    for size, guidance in itertools.product(((side, side), (side + more, side + 2 * more)), (7.5, 1.0)):
         recipe = Recipe(prompt="a shape", reference=white, num_inference_steps=1, size=size, guidance_scale=guidance)
         for count in (1, 2):
             engine.step([engine.slot(recipe, number) for number in range(count)])
@@ -117,19 +117,21 @@ class Worker:
         engine: Engine,
         model: str,
         *,
+        version: str = "",
         cap: int = 4,
         steps_per_second: float = 0.0,
         patience_s: float = 60.0,
         watch: Callable[[int, int, float], object] = lambda drawn, waiting, seconds: None,
     ) -> None:
-        """`cap`: pictures of the native size that are denoised at a time; `steps_per_second`: as in Facts.
+        """`version` of the engine's own adapter, for recipes. `cap`: pictures of the native size that are denoised at a
+        time; `steps_per_second`: as in Facts.
 
         `patience_s`: seconds that no single step takes, nor anything else that is done between two of them: beyond it
         the sampler hangs. `watch` is told of each step: the pictures in it, those that wait for a place, its seconds;
         of zeros when there is nothing to draw any more.
         """
         self.engine = engine
-        self.model = model
+        self.model, self.version = model, version
         self.steps_per_second = steps_per_second
         self._patience_s = patience_s
         self._watch = watch
@@ -141,6 +143,7 @@ class Worker:
         self._stopped: Exception | None = None
         self._since: float | None = None  # when what is being done was begun; None = nothing is
         self._doubtful = False  # something has failed, and nothing been proven since
+        self._fault: BaseException | None = None  # of the last canary; None = it could be drawn
         self._canary: Future[None] | None = None  # that is to be drawn, or is drawn and not yet asked about
         threading.Thread(target=self._draw, name="sampler", daemon=True).start()
 
@@ -152,7 +155,7 @@ class Worker:
             base=backbone.id,
             base_weights_hash=backbone.weights_hash,
             native_size=(backbone.native_size, backbone.native_size),
-            size_multiple=backbone.latent_factor,
+            size_multiple=self.engine.size_multiple,
             random_weights=backbone.random_weights,
             steps_per_second=self.steps_per_second,
         )
@@ -183,7 +186,7 @@ class Worker:
         """Say whether this worker can draw: nothing is raised when it can.
 
         SamplerStopped when its thread has ended or hangs: all jobs are told so, and it takes no more. After a job has
-        failed, a canary is drawn before the next step; a later call raises what went wrong there.
+        failed, a canary is drawn before the next step; later calls raise what went wrong there, until one can be drawn.
         """
         since = self._since
         if self._stopped is None and since is not None and time.monotonic() - since > self._patience_s:
@@ -191,10 +194,11 @@ class Worker:
         if self._stopped is not None:
             raise self._stopped
         if self._canary is not None and self._canary.done():
-            canary, self._canary = self._canary, None
-            canary.result()
-        elif self._doubtful and self._canary is None:
+            self._fault, self._canary = self._canary.exception(), None
+        if self._doubtful and self._canary is None:
             self._canary = self._put(self._draw_canary)
+        if self._fault is not None:
+            raise self._fault
 
     async def add_adapter(self, served: Served) -> None:
         """Load an adapter, while the others are drawn. AdapterError when it is damaged, or of another base."""
@@ -368,6 +372,7 @@ class Worker:
             "size": f"{width}x{height}",
             "reference_sha256": recipe.reference_sha256,
             "model": job.adapter.name if job.adapter else self.model,
+            "model_version": job.adapter.version if job.adapter else self.version,
             "base": backbone.id,
             "base_weights_hash": backbone.weights_hash,
             "dtype": str(backbone.dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 from typing import Any
@@ -16,6 +17,7 @@ from serving.api import create_api
 from serving.config import Limits, ServingConfig
 from serving.protocol import Busy
 from tests.asking import (
+    CONFIG,
     EDITS,
     GENERATIONS,
     GOOD,
@@ -82,10 +84,12 @@ def test_a_full_queue_is_answered_429_at_once() -> None:
 
 
 def test_a_refusal_says_how_long_what_is_under_way_will_take() -> None:
+    patient = dataclasses.replace(CONFIG, request_timeout_s=60)
+
     async def main() -> httpx.Response:
         backend = FakeBackend()
         backend.hold, backend.speed = asyncio.Event(), 10.0
-        async with client(backend) as http:  # one replica with one place, and one in the queue
+        async with client(backend, patient) as http:  # one replica with one place, and one in the queue
             asked = {**GOOD, "num_inference_steps": 40, "size": "128x64", "n": 2}  # 160 steps of 64 x 64 pixels
             waiting = [asyncio.create_task(http.post(GENERATIONS, json=asked)) for _ in range(2)]
             while len(backend.jobs) < 2:
@@ -98,6 +102,27 @@ def test_a_refusal_says_how_long_what_is_under_way_will_take() -> None:
     refused = asyncio.run(main())
     check_error(refused, 429, None, "queue_full")
     assert refused.headers["retry-after"] == "32"
+
+
+def test_what_would_not_be_done_in_time_is_refused_before_it_is_begun() -> None:
+    async def main() -> list[int]:
+        backend = FakeBackend()
+        backend.hold, backend.speed = asyncio.Event(), 1.0
+        config = ServingConfig(adapter="/a", request_timeout_s=100.0)
+        async with client(backend, config) as http:
+            alone = {**GOOD, "num_inference_steps": 120}  # longer than that, but on an idle server it may try
+            first = asyncio.create_task(http.post(GENERATIONS, json=alone))
+            while not backend.jobs:
+                await asyncio.sleep(0)
+            refused = await http.post(GENERATIONS, json=GOOD)
+            backend.hold.set()
+            return [
+                (await first).status_code,
+                refused.status_code,
+                (await http.post(GENERATIONS, json=GOOD)).status_code,
+            ]
+
+    assert asyncio.run(main()) == [200, 429, 200]
 
 
 def test_the_ingress_holds_no_more_requests_than_there_are_places() -> None:

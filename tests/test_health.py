@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -74,9 +75,19 @@ def test_a_device_that_draws_no_more_is_found_out(engine: Engine, monkeypatch: p
         poison(engine, monkeypatch)
         with pytest.raises(RuntimeError, match="CUDA"):
             await draw(worker)
-        for _ in range(2):
+        await worker.check()  # a canary is sent out
+        for _ in range(3):  # as often as Serve asks before it replaces a replica
+            while worker._canary is not None and not worker._canary.done():
+                await asyncio.sleep(0.01)
             with pytest.raises(RuntimeError, match="CUDA"):
-                await checked(worker)
+                await worker.check()
+        monkeypatch.undo()
+        async with asyncio.timeout(10):
+            while True:  # until one is drawn again
+                with contextlib.suppress(RuntimeError):
+                    await worker.check()
+                    break
+                await asyncio.sleep(0.01)
 
     asyncio.run(main())
 

@@ -29,10 +29,12 @@ def test_after_its_start_a_compiled_base_takes_any_batch_as_it_is_and_draws_the_
     compiled.quicken(compile=True)
     draw_shapes(compiled)
     step_seconds(compiled, ONLY, 4)
+    many = compiled.size_multiple
+    assert many > plain.size_multiple
     guided = Recipe(prompt="a girl with long hair, line art", reference=sketch(), num_inference_steps=4, seed=3)
     free, textual = dataclasses.replace(guided, guidance_scale=1.0), dataclasses.replace(guided, reference=None)
     with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
-        for size in (None, (96, 64), (64, 128), (128, 128)):
+        for size in (None, (many, 2 * many), (3 * many, many), (2 * many, 2 * many)):
             for batch in ([guided], [free], [textual], [guided, free, textual], [guided] * 5, [free] * 3):
                 recipes = [dataclasses.replace(recipe, size=size) for recipe in batch]
                 ours, theirs = ([engine.slot(recipe) for recipe in recipes] for engine in (compiled, plain))
