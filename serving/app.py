@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, cast
@@ -246,9 +247,13 @@ class SketchIngress:
 def build(args: dict) -> serve.Application:
     """Return the application for `serve run serving.app:build adapter=URI …`; fields are those of ServingConfig.
 
-    ValueError for a wrong or missing argument.
+    ValueError for a wrong or missing argument, or a path at which nothing is here: replicas are tried for minutes.
     """
     config = from_args(args)
+    for name in ("adapter", "base", "image_encoder", "adapter_folder", "key_file"):
+        path = getattr(config, name)
+        if path and os.path.isabs(path) and not os.path.exists(path):
+            raise ValueError(f"{name}: there is nothing at {path}. All nodes must see it there, this one too.")
     refusal: Any = {"status_code": 429, "retry_after_s": config.retry_after_s}
     # what a replica has accepted is finished before it is stopped, and no request is older than that
     grace: Any = {"graceful_shutdown_timeout_s": config.request_timeout_s}

@@ -25,7 +25,10 @@ import httpx
 from serving.keys import is_loopback
 
 MAX_REQUESTS = 100_000  # of a run
-EXAMPLES = """examples:
+EXAMPLES = """It prints latencies in seconds, goodput in requests a second, in_progress: the mean number of requests
+that the server held, and occupancy: the mean number of pictures in a denoising step.
+
+examples:
   two requests a second for a minute:
     python -m serving.load --rate 2 --seconds 60
   small and large pictures, from a sketch; every tenth client leaves:
@@ -121,6 +124,9 @@ async def _watch(http: httpx.AsyncClient, tally: Tally) -> None:
     """Note each second how many requests the server holds."""
     while True:
         await asyncio.sleep(1)
+        if sys.stderr.isatty():
+            done, failed = len(tally.answered), sum(tally.failed.values())
+            print(f"\r{done} answered, {len(tally.refused)} refused, {failed} failed ", end="", file=sys.stderr)
         tally.in_progress += [
             value for name, value in (await _counters(http)).items() if name == "animesketch_requests_in_progress"
         ]

@@ -198,10 +198,18 @@ def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept(
     asyncio.run(main())
 
 
-def test_what_a_server_has_accepted_may_take_as_long_as_a_request_before_it_is_stopped() -> None:
+def test_a_path_at_which_nothing_is_is_told_before_anything_is_started(tmp_path: Path) -> None:
     from serving.app import build
 
-    ingress = build({"adapter": "/a", "request_timeout_s": "77"})._bound_deployment
+    for name in ("adapter", "base", "key_file"):
+        with pytest.raises(ValueError, match=f"{name}: there is nothing at /not/here"):
+            build({"adapter": str(tmp_path), name: "/not/here"})
+
+
+def test_what_a_server_has_accepted_may_take_as_long_as_a_request_before_it_is_stopped(tmp_path: Path) -> None:
+    from serving.app import build
+
+    ingress = build({"adapter": str(tmp_path), "request_timeout_s": "77"})._bound_deployment
     replica = ingress.init_args[1]._bound_deployment
     for deployment in (ingress, replica):
         assert deployment._deployment_config.graceful_shutdown_timeout_s == 77
