@@ -90,7 +90,7 @@ class ServingConfig:
     max_ongoing_requests: int = 16
     # requests that wait for a replica; the next one gets 429 with Retry-After
     max_queued_requests: int = 16
-    # seconds that a client is told to wait after 429, until the first picture tells how fast the replicas are
+    # seconds that a client is told to wait after 429, until the first request tells how fast the replicas are
     retry_after_s: int = 5
     # seconds until a request is given up with 503, waiting included
     request_timeout_s: float = 600.0
@@ -101,7 +101,8 @@ class ServingConfig:
     num_gpus: float = 0.0
     # torch threads of a replica; None = what Ray gives, which is num_cpus. More threads than cores slows all down
     num_threads: int | None = None
-    # pictures that are denoised at once, at most; fewer where more bring nothing, which is measured at the start
+    # pictures of the native size that are denoised at once, at most; fewer where more bring nothing, as measured at the
+    # start, and more smaller ones
     max_batch_size: int = 16
     # file with one sha256 of a key per line (`serving/keys.py`); None = no key, and loopback only
     key_file: str | None = None
