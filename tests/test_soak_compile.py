@@ -18,6 +18,7 @@ from trainer.base import MICRO
 
 pytestmark = [
     pytest.mark.soak,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own, when it compiles
     pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler here"),
 ]
 

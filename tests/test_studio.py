@@ -196,6 +196,9 @@ def test_two_adapters_are_compared_and_the_history_brings_all_back(visit: Any, s
     assert len({*compared.values()}) == 2
     recipes = {name: read_recipe(Image.open(io.BytesIO(data))) for name, data in compared.items()}
     assert {name: recipe.pop("model") for name, recipe in recipes.items()} == {name: name for name in compared}
+    versions = {name: recipe.pop("model_version") for name, recipe in recipes.items()}
+    assert len(versions["other"]) == 12
+    assert versions["other"] != versions["animesketch"]
     assert recipes["animesketch"] == recipes["other"]
     generate(page, other="/none")
     assert list(shown(page)) == ["animesketch", "no sketch"]
