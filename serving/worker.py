@@ -101,7 +101,7 @@ def draw_canary(engine: Engine) -> None:
 
 
 def draw_shapes(engine: Engine) -> None:
-    """Draw what a compiled UNet takes for new, so that no request waits for the compiler: sizes, one row and more."""
+    """Draw what a compiled UNet takes for new, so that few requests wait for the compiler: sizes, one row and more."""
     side, more, white = engine.backbone.native_size, engine.size_multiple, Image.new("RGB", (64, 64))
     for size, guidance in itertools.product(((side, side), (side + more, side + 2 * more)), (7.5, 1.0)):
         recipe = Recipe(prompt="a shape", reference=white, num_inference_steps=1, size=size, guidance_scale=guidance)
