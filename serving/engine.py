@@ -114,7 +114,7 @@ class Engine:
     def quicken(self, *, channels_last: bool = False, compile: bool = False) -> None:
         """Lay out the UNet's convolutions with channels last, compile it: each first step of a new shape takes longer.
 
-        A compiled UNet takes any number of slots of any multiple of `size_multiple`. torch compiles a few forms of it by
+        A compiled UNet takes any number of slots of any multiple of `size_multiple`. Of it torch makes forms by
         batch and size, most of them in `serving.worker.draw_shapes`. One engine of a process can be compiled: others
         would share its code.
         """
