@@ -115,8 +115,8 @@ class Engine:
         """Lay out the UNet's convolutions with channels last, compile it: each first step of a new shape takes longer.
 
         A compiled UNet takes any number of slots of any multiple of `size_multiple`; torch compiles forms of it by
-        batch and size, most of them in `serving.worker.draw_shapes`. One engine of a process can be compiled: others would
-        share its code.
+        batch and size, most of them in `serving.worker.draw_shapes`. One engine of a process can be compiled: others
+        would share its code.
         """
         if channels_last:
             self.backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
