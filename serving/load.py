@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"serving.load: {error}", file=sys.stderr)
         return 2
     tally, seconds = asyncio.run(load(args, bodies))
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # after the line that told how far it was
     print(json.dumps(summary(tally, seconds), indent=1))
     return 1 if tally.failed else 0
 

@@ -115,9 +115,9 @@ def capacity() -> Iterator[str]:
         yield "|---|---|---|---|---|---|"
         capacities = []
         for name, side in sides.items():
-            rates = Rates(side, alone + (WAIT_S if name == "@serve.batch" else 0.0))
-            capacities.append([rates.highest(measure) for measure in range(2)])
-            for rate, (own, mean, middle, pictures) in sorted(rates.seen.items()):
+            trials = Trials(side, alone + (WAIT_S if name == "@serve.batch" else 0.0))
+            capacities.append([trials.highest(measure) for measure in range(2)])
+            for rate, (own, mean, middle, pictures) in sorted(trials.seen.items()):
                 yield f"| {name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {middle:.2f} | {pictures:.2f} |"
         yield ""
         for what, ours, peers in zip(("its own time", "the mean time"), *capacities, strict=True):
@@ -125,8 +125,8 @@ def capacity() -> Iterator[str]:
         serve.shutdown()
 
 
-class Rates:
-    """Trials of one side at rates that grow by GROWTH."""
+class Trials:
+    """Trials of one side, at rates that are GROWTH apart."""
 
     def __init__(self, side: DeploymentHandle, alone: np.ndarray) -> None:
         self._side, self._alone = side, alone
