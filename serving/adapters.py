@@ -7,6 +7,7 @@ is loaded anew. Nothing is restarted.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from factory.files import SUMS
 from trainer.adapter import AdapterError, find_adapter
 
+log = logging.getLogger("ray.serve")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -40,6 +42,7 @@ class Adapters:
 
     def __init__(self, folder: str | None) -> None:
         self._folder = Path(folder) if folder else None
+        self._told: set[str] = set()  # of what is no adapter: once
 
     def names(self) -> list[str]:
         """Return the names that can be asked for, sorted."""
@@ -48,14 +51,25 @@ class Adapters:
         return sorted(path.name for path in self._folder.iterdir() if self.find(path.name) is not None)
 
     def find(self, name: str) -> Served | None:
-        """Return the adapter of that name; None when there is none. Whether it is whole is seen when it is loaded."""
+        """Return the adapter of that name; None when there is none, and a line in the log when something else is.
+
+        Whether it is whole is seen when it is loaded.
+        """
         if self._folder is None or not NAME.fullmatch(name):
             return None
         try:
             path = find_adapter(self._folder / name)
-            return Served(name=name, path=str(path), version=version_of(path))
-        except (OSError, AdapterError):  # it is not there, or is being put there, or is something else
+            if path.is_dir() or path.suffix == ".safetensors":
+                return Served(name=name, path=str(path), version=version_of(path))
+            why = f"{path} is no adapter folder, run folder or .safetensors file."
+        except FileNotFoundError:
             return None
+        except (OSError, AdapterError) as error:  # it is being put there, or is something else
+            why = str(error)
+        if why not in self._told:
+            self._told.add(why)
+            log.warning("%s is not served: %s", name, why)
+        return None
 
 
 def version_of(path: Path) -> str:

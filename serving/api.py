@@ -12,14 +12,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Security
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 
 from serving import openapi, protocol
-from serving.adapters import Adapters
+from serving.adapters import Adapters, Served
 from serving.config import ServingConfig
 from serving.connection import EventStream, while_there
 from serving.gate import Gate, server_error
@@ -27,6 +28,7 @@ from serving.metrics import Metrics
 from serving.page import studio
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
 from serving.rates import Rates
+from serving.recipe import Recipe
 from serving.worker import Event, Facts, Job, Picture, Started
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -84,10 +86,9 @@ def create_api(
         headers = dict(error.headers or {})
         return await told(http, ApiError(error.status_code, message, headers=headers))
 
-    api = FastAPI(
+    api = FastAPIOffline(  # /docs without scripts of another host
         title="AnimeSketch",
         description="Pictures in the style and content of a sketch. OpenAI Images is the dialect.",
-        docs_url="/docs",
         redoc_url=None,
         exception_handlers={ApiError: told, Busy: busy, HTTPException: refused},
     )
@@ -125,12 +126,14 @@ def create_api(
         holder = contextlib.AsyncExitStack()
         started = time.monotonic()
         try:
-            holder.enter_context(rates.held(getattr(http.state, "key", None)))
             look_for_place()  # before a byte of the body is read; it is not kept for who sends it slowly
+            holder.enter_context(rates.held(getattr(http.state, "key", None)))
             async with asyncio.timeout(config.request_timeout_s):
-                request, job, warnings = await read_job(http, route)
+                facts = await known()
+                request, recipe, data = await read_request(http, route, facts)
                 holder.enter_context(place())
-                holder.enter_context(metrics.owed(await known(), job, config.min_replicas, config.request_timeout_s))
+                job, warnings = await to_job(request, recipe, data, facts)
+                holder.enter_context(metrics.owed(facts, job, config.min_replicas, config.request_timeout_s))
                 events = backend.generate(job)
                 holder.push_async_callback(events.aclose)
                 # Started: only now is it known that there is a place
@@ -160,36 +163,30 @@ def create_api(
         finally:
             await holder.aclose()
 
-    async def read_job(http: Request, route: str) -> tuple[Any, Job, tuple[str, ...]]:
-        """Return the checked request, its job, and warnings about fields that will have no effect."""
-        facts = await known()
+    async def read_request(http: Request, route: str, facts: Facts) -> tuple[Any, Recipe, bytes | None]:
+        """Return the checked request, its recipe without the reference, and the reference's file if there is one."""
         rules: Any = {"native_size": facts.native_size, "factor": facts.size_multiple, "limits": config.limits}
         if route == GENERATIONS:
             _content_type(http, "application/json")
             values = protocol.parse_json(await http.body(), config.limits)
             request, recipe = protocol.parse_request(GenerationRequest, values, **rules)
             text = request.image  # type: ignore[attr-defined]
-            data = None if text is None else protocol.decode_base64(text, config.limits)
-        else:
-            _content_type(http, "multipart/form-data")
-            _utf8(http)
-            async with http.form(max_files=4, max_fields=64) as form:
-                values, file = protocol.form_fields(form.multi_items())
-                request, recipe = protocol.parse_request(EditRequest, values, **rules)
-                if file is None:
-                    raise ApiError(
-                        400, "image is missing: the reference sketch, a file.", param="image",
-                        code="missing_required_parameter",
-                    )  # fmt: skip
-                data = await file.read()
-        served = None
-        if request.model not in (None, facts.model):
-            served = await asyncio.to_thread(adapters.find, request.model)
-            if served is None:
+            return request, recipe, None if text is None else protocol.decode_base64(text, config.limits)
+        _content_type(http, "multipart/form-data")
+        _utf8(http)
+        async with http.form(max_files=4, max_fields=64) as form:
+            values, file = protocol.form_fields(form.multi_items())
+            request, recipe = protocol.parse_request(EditRequest, values, **rules)
+            if file is None:
                 raise ApiError(
-                    404, f"There is no model {request.model[:100]!r} here: see /v1/models.", param="model",
-                    code="model_not_found",
+                    400, "image is missing: the reference sketch, a file.", param="image",
+                    code="missing_required_parameter",
                 )  # fmt: skip
+            return request, recipe, await file.read()
+
+    async def to_job(request: Any, recipe: Recipe, data: bytes | None, facts: Facts) -> tuple[Job, tuple[str, ...]]:
+        """Return the job of a request, and warnings about fields that will have no effect."""
+        served = None if request.model is None else await find_model(request.model, facts)
         warnings: tuple[str, ...] = ()
         if data is not None:
             picture = await asyncio.to_thread(protocol.decode_reference, data, config.limits)
@@ -204,7 +201,17 @@ def create_api(
             output_compression=request.output_compression,
             partial_images=request.partial_images,
         )
-        return request, job, warnings
+        return job, warnings
+
+    async def find_model(name: str, facts: Facts) -> Served | None:
+        """Return the adapter of the folder that `name` means; None for the server's own. ApiError 404 for neither."""
+        if name == facts.model:
+            return None
+        served = await asyncio.to_thread(adapters.find, name)
+        if served is None:
+            message = f"There is no model {name[:100]!r} here: see /v1/models."
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return served
 
     async def stream(
         events: AsyncGenerator[Event], http: Request, route: str, job: Job, warnings: tuple[str, ...], started: float
@@ -262,8 +269,14 @@ def create_api(
         """The models of this server: adapters of one base."""
         facts = await known()
         names = [facts.model, *(name for name in await asyncio.to_thread(adapters.names) if name != facts.model)]
-        model = {"object": "model", "created": 0, "owned_by": "animesketch", **_describe(facts)}
-        return JSONResponse({"object": "list", "data": [{"id": name, **model} for name in names]})
+        return JSONResponse({"object": "list", "data": [_model(name, facts) for name in names]})
+
+    @api.get("/v1/models/{model}", responses=openapi.responses(protocol.Model, 404, *refusals), dependencies=locked)
+    async def model(model: str) -> Response:
+        """One model of this server."""
+        facts = await known()
+        await find_model(model, facts)
+        return JSONResponse(_model(model, facts))
 
     @api.get("/health", responses=openapi.responses(protocol.Health, 400, 413, 500, 503))
     async def health() -> Response:
@@ -276,6 +289,11 @@ def create_api(
         if trouble is not None:
             raise ApiError(503, trouble, type="server_error", code="unavailable")
         return JSONResponse({"status": "ok"})
+
+    @api.get("/", include_in_schema=False)
+    async def start() -> Response:
+        """The way to the studio, for who opens the server's address."""
+        return RedirectResponse("studio")
 
     @api.get("/studio", include_in_schema=False)
     async def page() -> Response:
@@ -322,8 +340,12 @@ def _size(job: Job) -> str:
     return f"{width}x{height}"
 
 
-def _describe(facts: Facts) -> dict[str, Any]:
+def _model(name: str, facts: Facts) -> dict[str, Any]:
     return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "animesketch",
         "base": facts.base,
         "base_weights_hash": facts.base_weights_hash,
         "native_size": "{}x{}".format(*facts.native_size),

@@ -32,7 +32,7 @@ from serving.config import ServingConfig, from_args
 from serving.engine import ONLY, Engine
 from serving.keys import is_loopback, load_keys
 from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, SamplerStopped, Worker, draw_canary, draw_shapes
+from serving.worker import Event, Facts, Job, SamplerStopped, Worker, draw_canary, draw_shapes, in_own_thread
 from trainer.adapter import AdapterError, find_adapter
 
 log = logging.getLogger("ray.serve")
@@ -86,21 +86,8 @@ class SketchReplica:
         """Load base and adapter. The deployment fails where they don't belong together (AdapterError), or draw NaN."""
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        engine = Engine.load(
-            config.adapter,
-            base=config.base,
-            image_encoder=config.image_encoder,
-            dtype=getattr(torch, config.dtype),
-            device=config.device or ("cuda" if config.num_gpus else "cpu"),
-            channels_last=config.channels_last,
-            compile=config.compile,
-        )
-        begun = time.monotonic()
-        if config.compile:
-            draw_shapes(engine)
-        seconds = step_seconds(engine, ONLY, config.max_batch_size)
-        patience_s = max(LEAST_PATIENCE_S, PATIENCE * (time.monotonic() - begun))  # what compiles a step is in it
-        draw_canary(engine)
+        engine, seconds, warm_up_s = in_own_thread(lambda: _warm_engine(config))
+        patience_s = max(LEAST_PATIENCE_S, PATIENCE * warm_up_s)  # what compiles a step is in it
         cap = best_cap(seconds)
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
         self.config = config
@@ -279,6 +266,26 @@ def build(args: dict) -> serve.Application:
         **grace,
     )
     return ingress.bind(config, replica.bind(config))
+
+
+def _warm_engine(config: ServingConfig) -> tuple[Engine, dict[int, float], float]:
+    """Return the engine after its canary, the seconds of its steps by pictures in them, and those of its warm-up."""
+    engine = Engine.load(
+        config.adapter,
+        base=config.base,
+        image_encoder=config.image_encoder,
+        dtype=getattr(torch, config.dtype),
+        device=config.device or ("cuda" if config.num_gpus else "cpu"),
+        channels_last=config.channels_last,
+        compile=config.compile,
+    )
+    begun = time.monotonic()
+    if config.compile:
+        draw_shapes(engine)
+    seconds = step_seconds(engine, ONLY, config.max_batch_size)
+    warm_up_s = time.monotonic() - begun
+    draw_canary(engine)
+    return engine, seconds, warm_up_s
 
 
 @contextlib.contextmanager

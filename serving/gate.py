@@ -20,7 +20,7 @@ from serving.protocol import ApiError
 
 log = logging.getLogger("ray.serve")  # Serve's own logger, so that lines land in the replica's log
 OPEN = ("/health",)  # routes that need no key
-PAGES = ("/studio", "/docs")  # those that people open: their browser asks them for the key
+PAGES = ("/", "/studio", "/docs")  # those that people open: their browser asks them for the key
 REQUEST_ID = "X-Request-ID"
 _CLIENTS_OWN = re.compile(r"[!-~]{1,128}")  # visible ASCII: nothing that breaks a line of a log or a header
 

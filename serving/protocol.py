@@ -249,15 +249,16 @@ def decode_reference(data: bytes, limits: Limits) -> Image.Image:
 
 
 def form_fields(items: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """Return the text fields and the file `image` (or None) of a form. ApiError 400 for other files and for doubles."""
+    """Return the text fields and the file `image` (or None) of a form. ApiError 400 for other files and for doubles.
+
+    OpenAI's client sends a list of files as `image[]`: a list of one is that one.
+    """
     fields: dict[str, Any] = {}
     for name, value in items:
-        if name == "image[]":
-            raise _invalid(
-                name, "One reference sketch is taken, as the file field `image`.", code="unsupported_parameter"
-            )
+        name = "image" if name == "image[]" else name
         if name in fields:
-            raise _invalid(name, f"{name} is given twice.", code="duplicate_parameter")
+            once = "One reference sketch is taken." if name == "image" else f"{name} is given twice."
+            raise _invalid(name, once, code="duplicate_parameter")
         if not isinstance(value, str) and name != "image":
             _refuse_unknown(name)
             raise _invalid(name, f"{name} must be text, not a file.")

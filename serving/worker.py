@@ -109,6 +109,17 @@ def draw_shapes(engine: Engine) -> None:
             engine.step([engine.slot(recipe, number) for number in range(count)])
 
 
+def in_own_thread(do: Callable[[], T]) -> T:
+    """Return what `do` returns, or raise what it raises, in a thread that ends with it.
+
+    Nothing but this and the sampler may compute with torch on CPUs: OpenMP (libgomp) keeps helpers for each thread that
+    has computed, and once all helpers of all threads are more than the cores, they sleep between two operations instead
+    of waiting awake: a step on two cores takes twice its time. Helpers end with their thread.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(do).result()
+
+
 class Worker:
     """Draws jobs on an engine."""
 
@@ -202,7 +213,7 @@ class Worker:
 
     async def add_adapter(self, served: Served) -> None:
         """Load an adapter, while the others are drawn. AdapterError when it is damaged, or of another base."""
-        loaded = await asyncio.to_thread(self.engine.read_adapter, served.path)
+        loaded = await asyncio.to_thread(in_own_thread, lambda: self.engine.read_adapter(served.path))
         try:
             await self._between_steps(lambda: self.engine.add(served.id, loaded))
         except asyncio.CancelledError:  # too late perhaps: nobody would unload it

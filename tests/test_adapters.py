@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def put(folder: Path, name: str, data: bytes = b"weights", *, run: bool = False)
         write_atomic(aside / WEIGHTS, data)
 
 
-def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path) -> None:
+def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     adapters = Adapters(str(tmp_path / "adapters"))
     assert adapters.names() == []
     put(tmp_path / "adapters", "lines")
@@ -28,7 +29,13 @@ def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path) -> None:
     (tmp_path / "adapters" / "empty").mkdir()
     (tmp_path / "adapters" / ".hidden").mkdir()
     (tmp_path / "adapters" / "bare.safetensors").write_bytes(b"weights")
-    assert adapters.names() == ["a-run", "bare.safetensors", "lines"]
+    (tmp_path / "adapters" / "README.md").write_text("ours")
+    with caplog.at_level(logging.WARNING, "ray.serve"):
+        for _ in range(2):
+            assert adapters.names() == ["a-run", "bare.safetensors", "lines"]
+    told = sorted(record.getMessage() for record in caplog.records)
+    assert [line.split(":")[0] for line in told] == ["README.md is not served", "empty is not served"]  # once each
+    assert WEIGHTS in told[1]
     before = adapters.find("lines")
     assert before is not None
     assert before == adapters.find("lines")
@@ -54,6 +61,8 @@ def test_a_request_names_its_adapter(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, adapter_folder=str(tmp_path))
     listed: list[dict[str, Any]] = ask("GET", "/v1/models", config=config).json()["data"]
     assert [model["id"] for model in listed] == ["animesketch", "lines"]
+    assert [ask("GET", f"/v1/models/{model['id']}", config=config).json() for model in listed] == listed
+    check_error(ask("GET", "/v1/models/other", config=config), 404, "model", "model_not_found")
     for name, served in (("lines", "lines"), ("animesketch", None)):
         backend = FakeBackend()
         assert ask("POST", GENERATIONS, backend=backend, config=config, json={**GOOD, "model": name}).status_code == 200

@@ -291,6 +291,7 @@ def test_step_times_are_measured_up_to_where_they_bring_something(
 
     monkeypatch.setattr(engine, "step", counted)
     monkeypatch.setattr("serving.batcher.GAIN", 0.0)
+    monkeypatch.setattr("serving.batcher.MEASURED_S", 0.0)
     seconds = step_seconds(engine, ONLY, 16)
     assert list(seconds) == [1, 2]
     assert min(seconds.values()) > 0

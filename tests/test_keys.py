@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import hashlib
+import re
 from typing import Any
 
 import httpx
@@ -39,7 +40,8 @@ def test_with_keys_every_route_but_health_needs_one() -> None:
              {"Authorization": b"Bearer \xff\xfe"}, basic("x", "wrong"), basic("right", ""),
              basic("right")]  # fmt: skip
     routes = [("POST", GENERATIONS), ("POST", EDITS), ("GET", "/v1/models"), ("GET", "/docs"), ("GET", "/openapi.json"),
-              ("GET", "/metrics"), ("GET", "/nowhere")]  # fmt: skip
+              ("GET", "/metrics"), ("GET", "/v1/models/animesketch"), ("GET", "/static-offline-docs/swagger-ui.css"),
+              ("GET", "/nowhere")]  # fmt: skip
     for headers in wrong:
         for method, path in routes:
             check_error(ask(method, path, digests=digests, headers=headers), 401, None, "invalid_api_key")
@@ -54,12 +56,16 @@ def test_with_keys_every_route_but_health_needs_one() -> None:
 def test_a_browser_is_asked_for_the_key_and_gives_it_as_a_password() -> None:
     digests = frozenset({hashlib.sha256("ключ:1".encode()).hexdigest()})
     key = basic("anybody", "ключ:1")
-    for path, asked in (("/studio", 'Basic realm="AnimeSketch"'), ("/docs", 'Basic realm="AnimeSketch"'),
-                        ("/v1/models", "Bearer"), (GENERATIONS, "Bearer")):  # fmt: skip
+    pages = dict.fromkeys(("/", "/studio", "/docs"), 'Basic realm="AnimeSketch"')
+    for path, asked in (pages | {"/v1/models": "Bearer", GENERATIONS: "Bearer"}).items():
         refused = ask("GET", path, digests=digests)
         check_error(refused, 401, None, "invalid_api_key")
         assert refused.headers["WWW-Authenticate"] == asked
-    for path in ("/studio", "/docs", "/v1/models", "/metrics"):
+    assert ask("GET", "/", digests=digests, headers=key, follow_redirects=True).url.path == "/studio"
+    scripts = re.findall(r'(?:src|href)="([^"]+)"', ask("GET", "/docs", digests=digests, headers=key).text)
+    assert len(scripts) >= 2
+    assert all(path.startswith("/") for path in scripts)  # none of another host
+    for path in ("/studio", "/docs", "/v1/models", "/metrics", *scripts):
         assert ask("GET", path, digests=digests, headers=key).status_code == 200
     assert ask("POST", GENERATIONS, digests=digests, headers=key, json=GOOD).status_code == 200
 
@@ -130,7 +136,8 @@ def test_the_document_says_which_routes_need_a_key() -> None:
     right = {"Authorization": "Bearer right"}
     paths = ask("GET", "/openapi.json", digests=digests, headers=right).json()["paths"]
     locked = {path: "security" in operation for path, item in paths.items() for operation in item.values()}
-    assert locked == {GENERATIONS: True, EDITS: True, "/v1/models": True, "/metrics": True, "/health": False}
+    keyed = (GENERATIONS, EDITS, "/v1/models", "/v1/models/{model}", "/metrics")
+    assert locked == dict.fromkeys(keyed, True) | {"/health": False}
     open_to_all = ask("GET", "/openapi.json").json()
     assert "security" not in str(open_to_all["paths"])
 

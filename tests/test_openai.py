@@ -105,11 +105,12 @@ def test_edit_takes_the_sketch_as_a_file(client: OpenAI) -> None:
     extra = {**QUICK, "seed": 5, "adapter_scale": 1.0, "negative_prompt": "blurry"}
     sketch = noise()
     edited = client.images.edit(image=("sketch.png", sketch), prompt="a girl", n=2, extra_body=extra)
+    listed = client.images.edit(image=[("sketch.png", sketch)], prompt="a girl", n=2, extra_body=extra)
     inline = client.images.generate(
         prompt="a girl", n=2, extra_body={**extra, "image": base64.b64encode(sketch).decode()}
     )
     plain = client.images.generate(prompt="a girl", n=2, extra_body={**extra, "adapter_scale": 0.0})
-    assert edited.data == inline.data
+    assert edited.data == listed.data == inline.data
     assert edited.data != plain.data
     recipe = read_recipe(image_of(edited.data[1]))  # type: ignore[index]
     pixels = Image.open(io.BytesIO(sketch)).tobytes()
@@ -156,6 +157,9 @@ def test_the_async_client_gets_its_pictures_side_by_side(client: OpenAI) -> None
 
 def test_models_are_listed_with_what_they_are(client: OpenAI) -> None:
     (model,) = client.models.list()
+    assert client.models.retrieve("animesketch") == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
     assert (model.id, model.object, model.owned_by) == ("animesketch", "model", "animesketch")
     assert (model.native_size, model.random_weights) == ("64x64", True)  # type: ignore[attr-defined]
 
@@ -181,7 +185,7 @@ def test_errors_are_the_clients_own_exceptions(client: OpenAI) -> None:
     assert (bad.value.param, bad.value.code) == ("quality", "unsupported_parameter")
     with pytest.raises(openai.BadRequestError) as bad:
         client.images.edit(image=[("a.png", noise()), ("b.png", noise())], prompt="a girl")
-    assert bad.value.param == "image[]"
+    assert (bad.value.param, bad.value.code) == ("image", "duplicate_parameter")
     with pytest.raises(openai.NotFoundError) as missing:
         client.images.generate(prompt="a girl", model="dall-e-3")
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")

@@ -290,7 +290,7 @@ def test_an_edit_takes_its_fields_as_text_and_the_sketch_as_a_file() -> None:
     [
         ({"prompt": "a"}, [("other", b"x")], "other", "unknown_parameter"),
         ({"prompt": "a"}, [("mask", b"x")], "mask", "unsupported_parameter"),
-        ({"prompt": "a"}, [("image[]", picture())], "image[]", "unsupported_parameter"),
+        ({"prompt": "a"}, [("image[]", picture()), ("image[]", picture())], "image", "duplicate_parameter"),
         ({"prompt": "a"}, [("image", picture()), ("image", picture())], "image", "duplicate_parameter"),
         ({"prompt": "a"}, [("prompt", b"x")], "prompt", "duplicate_parameter"),
         ({"prompt": "a"}, [("image", b"not a picture")], "image", "invalid_value"),

@@ -7,10 +7,14 @@ import contextlib
 import io
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from serving.adapters import Served
+from serving.app import SketchReplica
+from serving.config import ServingConfig
 from serving.engine import Engine, Slot
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
@@ -154,3 +158,33 @@ def test_a_reader_that_stops_after_the_first_event_costs_nothing(engine: Engine)
         return len(worker.batcher)
 
     assert asyncio.run(main()) == 0
+
+
+def test_nothing_that_lives_on_computes_beside_the_sampler(
+    twin: Path, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread that has computed has helpers of OpenMP: too many of them, and all of them go slow."""
+    computed: dict[str, set[threading.Thread]] = {}
+
+    def recorded(name: str) -> None:
+        function = getattr(Engine, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            computed.setdefault(name, set()).add(threading.current_thread())
+            return function(*args, **more)
+
+        monkeypatch.setattr(Engine, name, call)
+
+    names = ("load", "read_adapter", "slot", "step", "picture")
+    for name in names:
+        recorded(name)
+    config = ServingConfig(adapter=str(adapter_folder), base=str(twin), max_batch_size=2)
+    worker = SketchReplica.func_or_class(config).worker
+
+    async def main() -> None:
+        await worker.add_adapter(Served(name="other", path=str(adapter_folder), version="1"))
+        await collected(worker, Job(recipe=recipe(num_inference_steps=2)))
+
+    asyncio.run(main())
+    assert set(computed) == set(names)
+    assert {thread.name for threads in computed.values() for thread in threads if thread.is_alive()} == {"sampler"}

@@ -22,7 +22,7 @@ from factory.session import ray_session
 from serving.batcher import best_cap, step_seconds
 from serving.engine import ONLY, Engine, Slot
 from serving.recipe import Recipe
-from serving.worker import Job, Worker
+from serving.worker import Job, Worker, in_own_thread
 from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO
@@ -42,9 +42,7 @@ class Counting:
 
     def __init__(self) -> None:
         torch.set_num_threads(2)  # the replicas are at work in turn
-        base = load_backbone(str(MICRO))
-        self.engine = Engine(base, new_adapter(base))
-        self.seconds = step_seconds(self.engine, ONLY, 16)
+        self.engine, self.seconds = in_own_thread(_warm_engine)
         self.counts: list[int] = []
         step = self.engine.step
 
@@ -58,6 +56,12 @@ class Counting:
         """Return the seconds of a step by pictures in it, and the mean pictures of steps since it was last asked."""
         counts, self.counts[:] = list(self.counts), []
         return self.seconds, float(np.mean(counts)) if counts else 0.0
+
+
+def _warm_engine() -> tuple[Engine, dict[int, float]]:
+    base = load_backbone(str(MICRO))
+    engine = Engine(base, new_adapter(base))
+    return engine, step_seconds(engine, ONLY, 16)
 
 
 @serve.deployment(**REPLICA)
