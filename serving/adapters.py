@@ -59,9 +59,9 @@ class Adapters:
             return None
         try:
             path = find_adapter(self._folder / name)
-            if path.is_dir() or path.suffix == ".safetensors":
+            if (path / SUMS).is_file() or path.suffix == ".safetensors":
                 return Served(name=name, path=str(path), version=version_of(path))
-            why = f"{path} is no adapter folder, run folder or .safetensors file."
+            why = f"{path} is neither a .safetensors file nor a folder with {SUMS}: copy the adapter's folder, whole."
         except FileNotFoundError:
             return None
         except (OSError, AdapterError) as error:  # it is being put there, or is something else

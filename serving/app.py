@@ -92,6 +92,7 @@ class SketchReplica:
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
         self.config = config
         self.adapters = Adapters(config.adapter_folder)
+        self._broken: dict[str, str] = {}  # by id of an adapter that can't be loaded: what is said of it
         self.worker = Worker(
             engine,
             config.model,
@@ -115,14 +116,19 @@ class SketchReplica:
         """Load an adapter of the folder; Serve unloads the least recently used, and asks replicas that have it."""
         name = id.rpartition("@")[0]
         gone = ModelUnavailable(f"Model {name} was replaced or removed just now. Try again.")
+        if id in self._broken:
+            raise ModelUnavailable(self._broken[id])
         served = self.adapters.find(name)
         if served is None or served.id != id:
             raise gone
         try:
             await self.worker.add_adapter(served)
-        except AdapterError as error:
+        except (AdapterError, OSError, torch.OutOfMemoryError) as error:
             log.error("Adapter %s cannot be served: %s", name, error)
-            raise ModelUnavailable(f"Model {name} cannot be loaded: the server's log says why.") from None
+            message = f"Model {name} cannot be loaded: the server's log says why."
+            if isinstance(error, AdapterError):  # for good: its id changes with its content
+                self._broken[id] = message
+            raise ModelUnavailable(message) from None
         if self.adapters.find(name) != served:  # while it was read: who knows which one was
             self.worker.remove_adapter(served)
             raise gone
@@ -138,7 +144,7 @@ class SketchReplica:
 
 
 class ServeBackend:
-    """The replicas, as the HTTP interface sees them (`serving.api.Backend`)."""
+    """The replicas, as the HTTP interface sees them (`serving.answers.Backend`)."""
 
     def __init__(self, config: ServingConfig, replicas: DeploymentHandle) -> None:
         self._config = config
@@ -146,6 +152,7 @@ class ServeBackend:
         self._facts: Facts | None = None
         self._asked: asyncio.Task[Facts] | None = None
         self._status: tuple[float, str | None] = (0.0, None)  # when it is out of date, and what it was
+        self._looked: asyncio.Task[None] | None = None
 
     async def facts(self) -> Facts:
         """Return what the server is: remembered once a replica of our own settings has said it.
@@ -168,17 +175,22 @@ class ServeBackend:
         return facts
 
     async def trouble(self) -> str | None:
-        """Return why jobs can't run now: no replica runs."""
+        """Return why jobs can't run now: no replica runs. One question at a time: it may hold a thread for long."""
         if self._status[0] < time.monotonic():
-            status = await asyncio.to_thread(serve.status)
-            app = status.applications[serve.get_replica_context().app_name]
-            states: dict[Any, int] = app.deployments[REPLICA].replica_states
-            text = None
-            if not states.get("RUNNING"):
-                log.error("No replica runs: %s", app.deployments[REPLICA].message or app.status.value)
-                text = "No replica runs: the server's log says why."
-            self._status = (time.monotonic() + STATUS_S, text)
+            if self._looked is None or self._looked.done():
+                self._looked = asyncio.create_task(self._look())
+            await asyncio.shield(self._looked)
         return self._status[1]
+
+    async def _look(self) -> None:
+        status = await asyncio.to_thread(serve.status)
+        app = status.applications[serve.get_replica_context().app_name]
+        states: dict[Any, int] = app.deployments[REPLICA].replica_states
+        text = None
+        if not states.get("RUNNING"):
+            log.error("No replica runs: %s", app.deployments[REPLICA].message or app.status.value)
+            text = "No replica runs: the server's log says why."
+        self._status = (time.monotonic() + STATUS_S, text)
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         """Yield the events of a job; closing this cancels it in its replica."""

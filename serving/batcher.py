@@ -47,7 +47,7 @@ class Batcher:
         Slots that are done, or failed, are removed. A step that fails is tried again slot by slot: what is wrong with
         one is not the others' fault. Nothing at all is returned when there is nothing to do.
         """
-        slots, failed = self._next(), []
+        slots, failed, again = self._next(), [], False
         if not slots:
             return [], []
         try:
@@ -55,8 +55,11 @@ class Batcher:
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and len(slots) > 1:
                 self.cap = max(1, self.cap // 2)
-            failed = [(slots[0], error)] if len(slots) == 1 else self._one_by_one(slots)
-            slots = [slot for slot in slots if all(slot is not other for other, _ in failed)]
+            again = len(slots) > 1
+            failed = [] if again else [(slots[0], error)]
+        if again:  # only here: the error, which is gone now, held the memory of the whole batch
+            failed = self._one_by_one(slots)
+        slots = [slot for slot in slots if all(slot is not other for other, _ in failed)]
         self.remove([slot for slot, _ in failed] + [slot for slot in slots if not slot.timesteps])
         return slots, failed
 

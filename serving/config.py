@@ -40,12 +40,14 @@ class Limits:
     max_image_pixels: int = 4096 * 4096
     # bytes of a request, enforced by Content-Length and while a chunked body is read
     max_body_bytes: int = 16 * 2**20
-    # requests that one key may have under way at a time, and send in a minute, at each ingress replica
+    # requests that one key may have under way at a time, and send in a minute, at each ingress replica; a request of
+    # many pictures counts like one of one
     max_concurrent_per_key: int = 16
     max_per_minute_per_key: int = 600
     # seconds that a client has to send its body
     body_timeout_s: float = 60.0
-    # seconds that a client has to take one event of a streamed answer, before its place is given to another
+    # seconds that a client has to take one event of a streamed answer, before its place is given to another; Serve's
+    # proxy takes all of them for it: behind it, http_options.request_timeout_s ends such a connection
     send_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -66,8 +68,9 @@ class ServingConfig:
 
     # adapter or run folder, absolute, or a published .safetensors file
     adapter: str = ""
-    # a folder of more adapters of the same base, absolute, that all nodes see: each of its folders is served under its
-    # name (`model`), from the next request on; the least recently asked for are unloaded
+    # a folder of more adapters of the same base, absolute, that all nodes see: each adapter or run folder in it, and
+    # each .safetensors file, is served under its name (`model`), from the next request on; the least recently asked for
+    # are unloaded
     adapter_folder: str | None = None
     # the frozen Stable Diffusion, an absolute folder or a hub id; None = the one that the adapter's config names
     base: str | None = None

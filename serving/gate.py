@@ -44,7 +44,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
 
-        headers = Headers(scope=scope)
+        path, headers = _path(scope), Headers(scope=scope)
         own = headers.get(REQUEST_ID, "")
         request_id = own if _CLIENTS_OWN.fullmatch(own) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
@@ -54,7 +54,7 @@ class Gate:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                self.metrics.answered(scope["path"], message["status"])
+                self.metrics.answered(path, message["status"])
                 reply = MutableHeaders(scope=message)
                 if self.request_ids:
                     reply[REQUEST_ID] = request_id
@@ -63,7 +63,7 @@ class Gate:
             await send(message)
 
         try:
-            self._check(scope, headers, body)
+            self._check(scope, path, headers, body)
         except ApiError as error:
             self.metrics.refuse(error)
             await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, answered)
@@ -81,9 +81,9 @@ class Gate:
                 raise
             await JSONResponse(error.body, error.status)(scope, receive, answered)
 
-    def _check(self, scope: Scope, headers: Headers, body: _Body) -> None:
-        if scope["path"] not in OPEN:
-            self._check_asker(scope, headers)
+    def _check(self, scope: Scope, path: str, headers: Headers, body: _Body) -> None:
+        if path not in OPEN:
+            self._check_asker(scope, path, headers)
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(
                 400, "Send the body as it is: Content-Encoding is not supported.", code="unsupported_encoding"
@@ -93,7 +93,7 @@ class Gate:
         if body.declared > self.limits.max_body_bytes:
             raise body.too_large()
 
-    def _check_asker(self, scope: Scope, headers: Headers) -> None:
+    def _check_asker(self, scope: Scope, path: str, headers: Headers) -> None:
         """Refuse who may not ask: without a key, or without knowing that they do."""
         if is_foreign(scope["method"], headers):
             raise ApiError(403, "A page of another site asked for this through your browser.", code="foreign_page")
@@ -109,8 +109,13 @@ class Gate:
                 401,
                 "A valid key is needed: send the header `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": 'Basic realm="AnimeSketch"' if scope["path"] in PAGES else "Bearer"},
+                headers={"WWW-Authenticate": 'Basic realm="AnimeSketch"' if path in PAGES else "Bearer"},
             )
+
+
+def _path(scope: Scope) -> str:
+    """Return the path of a request below the application's own, which is not "/" where `route_prefix` is not."""
+    return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
 
 
 def _host(headers: Headers) -> str | None:

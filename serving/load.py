@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import base64
 import json
+import os
 import random
 import statistics
 import sys
@@ -204,7 +205,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
-    parser.add_argument("--key", help="an API key, where the server asks for one")
+    parser.add_argument(
+        "--key",
+        default=os.environ.get("ANIMESKETCH_KEY"),
+        help="an API key, where the server asks for one (default: $ANIMESKETCH_KEY, which other users can't see)",
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second, on average (default: 1)")
     parser.add_argument("--seconds", type=float, default=30.0, help="for so long requests are sent (default: 30)")
     parser.add_argument(

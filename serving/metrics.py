@@ -43,7 +43,8 @@ class Metrics:
     def owed(self, facts: Facts, job: Job, replicas: int, most_s: float) -> Iterator[None]:
         """Count the steps of a job, in pictures of the native size, as under way while the block runs.
 
-        Busy when it would not be done within `most_s`, behind what is under way. Alone it may try.
+        Busy when it would not be done within `most_s`, behind what is under way, by as many `replicas` as there may be:
+        fewer would never see the load that brings more. Alone it may try.
         """
         recipe, (width, height) = job.recipe, facts.native_size
         area = math.prod(recipe.size or facts.native_size) / (width * height)

@@ -56,7 +56,7 @@ def text(*errors: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _refusal(status: int) -> dict[str, Any]:
-    headers = _REQUEST_ID | (_RETRY_AFTER if status == 429 else {})
+    headers = _REQUEST_ID | (_RETRY_AFTER if status in (429, 503) else {})
     return {"description": _ERRORS[status], "headers": headers}
 
 

@@ -9,12 +9,19 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 METADATA = "animesketch"  # key of the recipe in a PNG; in JPEG and WebP it is Exif's ImageDescription
-_DESCRIPTION = 0x010E  # Exif tag ImageDescription
+_DESCRIPTION = ExifTags.Base.ImageDescription
+MOST_EXIF = 60_000  # bytes of a recipe in a JPEG, whose Exif ends at 64 kB
+_T = Image.Transpose
+# what makes a picture upright, by its Exif tag Orientation
+_UPRIGHT = {
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+    7: _T.TRANSVERSE, 8: _T.ROTATE_90,
+}  # fmt: skip
 # what Pillow's decoders raise for damaged files, and its refusals of bombs
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -41,7 +48,9 @@ def read_picture(data: bytes, max_pixels: int) -> Image.Image:
         raise BadPicture(f"is {image.width}x{image.height}, more than this server's limit of {max_pixels} pixels.")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        # not ImageOps.exif_transpose: it writes the other tags anew, which fails for odd ones
+        image = image if turn is None else image.transpose(turn)
         if image.mode.startswith("I"):  # 16 bits per pixel: convert("RGB") would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.has_transparency_data:

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.config import Limits
-from serving.pictures import BadPicture, read_picture
+from serving.pictures import MOST_EXIF, BadPicture, read_picture
 from serving.recipe import MAX_SEED, Recipe
 
 # fields of OpenAI's image routes that have no meaning here
@@ -197,6 +197,10 @@ def parse_request(
     request = _validate(cls, values)
     for name in ("prompt", "negative_prompt"):
         _check_text(name, getattr(request, name), limits.max_prompt_chars)
+    if request.output_format == "jpeg" and len(json.dumps([request.prompt, request.negative_prompt])) > MOST_EXIF:
+        raise _invalid(
+            "prompt", "The prompts are too long for the recipe in a JPEG. Ask for output_format png or webp."
+        )
     numbers = {}
     for name, most in (
         ("n", limits.max_n),

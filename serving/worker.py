@@ -81,7 +81,7 @@ class Facts:
 
 
 class SamplerStopped(Exception):
-    """The thread that draws has ended by a fault of its own, or hangs: this worker is of no use any more."""
+    """Nothing is drawn here: the thread that draws has ended by a fault of its own, hangs, or can't draw a canary."""
 
 
 @dataclass(eq=False)
@@ -305,6 +305,12 @@ class Worker:
             return
         if running.left:  # while it waited for the step in flight: nothing is encoded for it
             return
+        if self._doubtful:
+            try:
+                self._draw_canary()
+            except Exception as error:  # no fault of this job: another replica may draw it
+                self._send(running, SamplerStopped(f"The canary can't be drawn: {error!r}"))
+                return
         recipe = running.job.recipe
         try:
             adapter = running.job.adapter.id if running.job.adapter else ONLY

@@ -17,7 +17,8 @@ import httpx
 import uvicorn
 from PIL import Image
 
-from serving.api import Backend, create_api
+from serving.answers import Backend
+from serving.api import create_api
 from serving.config import Limits, ServingConfig
 from serving.pictures import write_picture
 from serving.protocol import ApiError, Busy

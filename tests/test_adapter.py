@@ -210,6 +210,10 @@ def test_save_and_load_give_the_same_tensors_from_an_adapter_or_run_folder(adapt
         assert all(torch.equal(value, adapter.state_dict()[key]) for key, value in loaded.state_dict().items())
         assert read_config(folder)["step"] == 7
     assert read_config(tmp_path / "run")["base"] == {"id": "twin", "weights_hash": "ab"}
+    for text in ("[]", '{"base": "twin"}', "{"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(AdapterError, match=r"config\.json"):
+            read_config(folder)
     saved = load_file(tmp_path / "run" / "adapter" / "ip_adapter.safetensors")
     assert {key.split(".")[0] for key in saved} == {"image_proj", "ip_adapter"}
     assert str(tmp_path) not in (tmp_path / "run" / "adapter" / "config.json").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from factory.files import new_folder, write_atomic
+from factory.files import SUMS, new_folder, write_atomic
 from serving.adapters import Adapters
 from tests.asking import CONFIG, GENERATIONS, GOOD, FakeBackend, ask, check_error
 from trainer.adapter import WEIGHTS
@@ -36,6 +36,8 @@ def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path, caplog: pytest.L
     told = sorted(record.getMessage() for record in caplog.records)
     assert [line.split(":")[0] for line in told] == ["README.md is not served", "empty is not served"]  # once each
     assert WEIGHTS in told[1]
+    shutil.copytree(tmp_path / "adapters" / "lines", tmp_path / "adapters" / "half", ignore=lambda *_: [SUMS])
+    assert adapters.find("half") is None  # it could never be loaded
     before = adapters.find("lines")
     assert before is not None
     assert before == adapters.find("lines")

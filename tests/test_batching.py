@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,31 @@ def test_one_poisoned_slot_fails_alone(engine: Engine, monkeypatch: pytest.Monke
             step([other])
         if slot is not slots[1]:
             assert abs(slot.latents - other.latents).max() < 1e-3
+
+
+def test_a_batch_that_does_not_fit_is_drawn_one_by_one_without_the_memory_it_held(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Held:
+        pass
+
+    step, held, alive = engine.step, [], []
+
+    def little(slots: list[Slot]) -> None:
+        if len(slots) > 1:
+            activations = Held()
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError
+        alive.append(held[0]() is not None)
+        step(slots)
+
+    batcher, slots = Batcher(engine, 4), slots_of(engine, 2, num_inference_steps=2)
+    monkeypatch.setattr(engine, "step", little)
+    batcher.add(slots)
+    assert batcher.step() == (slots, [])
+    assert alive == [False, False]
+    assert [slot.done for slot in slots] == [1, 1]
+    assert batcher.cap == 2
 
 
 def test_not_a_number_in_one_slot_is_not_its_neighbours(engine: Engine) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from serving.adapters import Served
+from serving.app import ServeBackend
+from serving.config import ServingConfig
 from serving.engine import Engine, Slot
 from serving.recipe import Recipe
 from serving.worker import Job, Picture, SamplerStopped, Worker, draw_canary
@@ -60,11 +62,16 @@ def test_a_canary_is_drawn_after_a_failure(engine: Engine, monkeypatch: pytest.M
         assert drawn == []
         with pytest.raises(RuntimeError, match="CUDA"):
             await draw(worker, Recipe(prompt="a cat", num_inference_steps=2, seed=13))
-        assert len(await draw(worker)) == 1
         drawn.clear()
         for _ in range(3):
             await checked(worker)  # that one was the request's own fault
         assert drawn == [0, 0]
+        with pytest.raises(RuntimeError, match="CUDA"):
+            await draw(worker, Recipe(prompt="a cat", num_inference_steps=2, seed=13))
+        drawn.clear()
+        assert len(await draw(worker)) == 1
+        assert drawn[:2] == [0, 0]  # the next request does not wait for a check
+        assert len(drawn) == 2 + RECIPE.num_inference_steps
 
     asyncio.run(main())
 
@@ -74,6 +81,8 @@ def test_a_device_that_draws_no_more_is_found_out(engine: Engine, monkeypatch: p
         worker = Worker(engine, "m")
         poison(engine, monkeypatch)
         with pytest.raises(RuntimeError, match="CUDA"):
+            await draw(worker)
+        with pytest.raises(SamplerStopped, match="CUDA"):  # not its fault: 503, so that it is sent again
             await draw(worker)
         await worker.check()  # a canary is sent out
         for _ in range(3):  # as often as Serve asks before it replaces a replica
@@ -196,6 +205,27 @@ def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept(
         assert list(engine.adapters) == ["adapter"]
 
     asyncio.run(main())
+
+
+def test_the_state_is_asked_for_once_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often /health is asked while Serve's controller hangs: each question holds a thread."""
+    answer, asked = threading.Event(), []
+
+    def hangs() -> None:
+        asked.append(1)
+        answer.wait(10)
+
+    async def main() -> None:
+        backend = ServeBackend(ServingConfig(adapter="/a"), None)  # type: ignore[arg-type]
+        monkeypatch.setattr("ray.serve.status", hangs)
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await backend.trouble()
+        answer.set()
+
+    asyncio.run(main())
+    assert asked == [1]
 
 
 def test_a_path_at_which_nothing_is_is_told_before_anything_is_started(tmp_path: Path) -> None:

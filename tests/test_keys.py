@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.api import create_api
 from serving.keys import find_key, load_keys
 from serving.protocol import ApiError
 from serving.rates import Rates
@@ -129,6 +130,25 @@ def test_refusals_are_counted_by_their_reason_wherever_they_are_made() -> None:
     metrics = asyncio.run(main())
     for code in ("invalid_api_key", "body_too_large", "invalid_value", "404", "400"):
         assert f'animesketch_http_refused_total{{code="{code}"}} 1.0' in metrics
+
+
+def test_a_path_is_what_comes_after_the_applications_own() -> None:
+    """Serve leaves its route_prefix in the path, and names it as root_path."""
+    digests = frozenset({hashlib.sha256(b"right").hexdigest()})
+    app = create_api(CONFIG, FakeBackend(), digests)
+
+    async def main() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, root_path="/sketch")
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1/sketch") as http:
+            key = {"Authorization": "Bearer right"}
+            return [await http.get("/health"), await http.get("/studio"), await http.get("/", headers=key),
+                    await http.get("/metrics", headers=key)]  # fmt: skip
+
+    health, studio, start, metrics = asyncio.run(main())
+    assert health.status_code == 200
+    assert studio.headers["WWW-Authenticate"] == 'Basic realm="AnimeSketch"'
+    assert start.headers["Location"] == "/sketch/studio"
+    assert 'animesketch_http_responses_total{route="/health",status="200"} 1.0' in metrics.text
 
 
 def test_the_document_says_which_routes_need_a_key() -> None:

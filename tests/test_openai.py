@@ -158,8 +158,10 @@ def test_the_async_client_gets_its_pictures_side_by_side(client: OpenAI) -> None
 def test_models_are_listed_with_what_they_are(client: OpenAI) -> None:
     (model,) = client.models.list()
     assert client.models.retrieve("animesketch") == model
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("other")
+    for other in ("other", "not/mine"):
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.models.retrieve(other)
+        assert missing.value.code == "model_not_found"
     assert (model.id, model.object, model.owned_by) == ("animesketch", "model", "animesketch")
     assert (model.native_size, model.random_weights) == ("64x64", True)  # type: ignore[attr-defined]
 

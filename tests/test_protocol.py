@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from serving.config import Limits, ServingConfig
-from serving.pictures import read_recipe
+from serving.pictures import MOST_EXIF, read_recipe, write_picture
 from serving.protocol import ApiError, parse_json
 from serving.recipe import MAX_SEED
 from tests.asking import (
+    CONFIG,
     EDITS,
     GENERATIONS,
     GOOD,
@@ -269,6 +272,21 @@ def test_every_field_reaches_the_recipe() -> None:
 def test_adapter_scale_without_an_image_is_told_about() -> None:
     body = ask("POST", GENERATIONS, json={**GOOD, "adapter_scale": 1}).json()
     assert any("adapter_scale has no effect" in warning for warning in body["warnings"])
+
+
+def test_prompts_that_a_jpeg_cannot_hold_are_refused_before_it_is_drawn() -> None:
+    limits = dataclasses.replace(CONFIG.limits, max_prompt_chars=4000, max_body_bytes=200_000)
+    config = dataclasses.replace(CONFIG, limits=limits)
+
+    def told(char: str, format: str) -> httpx.Response:
+        body = {"prompt": 4000 * char, "negative_prompt": 4000 * char, "output_format": format}
+        return ask("POST", GENERATIONS, config=config, json=body)
+
+    assert [told("線", "jpeg").status_code, told("\U0001f58c", "webp").status_code] == [200, 200]
+    check_error(told("\U0001f58c", "jpeg"), 400, "prompt", "invalid_value")
+    write_picture(
+        Image.new("RGB", (8, 8)), "jpeg", 90, {"prompt": MOST_EXIF * "a", "more": 1000 * "a"}
+    )  # there is room
 
 
 # edits

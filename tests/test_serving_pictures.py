@@ -6,7 +6,7 @@ import contextlib
 import io
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from serving.pictures import BadPicture, read_picture, read_recipe, write_picture
 from tests.asking import (
@@ -21,12 +21,28 @@ def test_transparency_lies_on_white_and_exif_turns_the_picture() -> None:
     file = io.BytesIO()
     Image.new("P", (2, 2)).save(file, "PNG", transparency=0)
     assert read_picture(file.getvalue(), 100).getpixel((0, 0)) == (255, 255, 255)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert read_picture(picture("JPEG", exif=exif), 1000).size == (10, 20)
     file = io.BytesIO()
     Image.new("I;16", (2, 2), 32768).save(file, "PNG")
     assert read_picture(file.getvalue(), 100).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_the_picture_whatever_its_other_tags_are(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = orientation, "abcdefg"
+    image = Image.effect_noise((6, 4), 90).convert("RGB")
+    odd = exif.tobytes().replace(b"\x01\x0e\0\x02\0\0\0\x08", b"\x01\x0e\0\x05\0\0\0\x01")  # the text as a fraction
+    assert odd != exif.tobytes()
+    for tags in (exif.tobytes(), odd):
+        file = io.BytesIO()
+        image.save(file, "PNG", exif=tags)
+        assert read_picture(file.getvalue(), 100).tobytes() == upright(image, exif).tobytes()
+
+
+def upright(image: Image.Image, exif: Image.Exif) -> Image.Image:
+    image = image.copy()
+    image.getexif().update(exif)
+    return ImageOps.exif_transpose(image)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])

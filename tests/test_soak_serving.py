@@ -320,6 +320,30 @@ def test_an_update_under_load(two: httpx.Client, arguments: dict[str, str], tabl
     assert two.get("/v1/models").json()["data"][0]["id"] == "renamed"
 
 
+def test_a_second_replica_comes_with_the_load(
+    ray_session: str, arguments: dict[str, str], table: list[list[object]]
+) -> None:
+    """Nobody is refused or lost while it starts, and both draw afterwards."""
+    scale = {"min_replicas": "1", "max_replicas": "2", "max_ongoing_requests": "4"}
+    with serving("soak", **arguments, **scale) as client, crowd(str(client.base_url)) as outcomes:
+        assert running(1)
+        begun = time.monotonic()
+        while not running(2):
+            assert time.monotonic() < begun + 180
+            time.sleep(0.5)
+        seconds = time.monotonic() - begun
+        time.sleep(2 * CALM_S)
+        used = {pid: psutil.Process(pid).cpu_times().user for pid in processes("soak", REPLICA).values()}
+        time.sleep(CALM_S)
+        worked = [psutil.Process(pid).cpu_times().user - before for pid, before in used.items()]
+    counts = Counter(outcomes)
+    table.append(["ten clients of one replica that takes four requests", f"two after {seconds:.0f} s; {said(counts)}"])
+    print(table[-1], worked)
+    assert set(counts) == {"200"}, counts
+    assert len(worked) == 2
+    assert min(worked) > CALM_S / 4  # of a core
+
+
 def running(count: int) -> bool:
     """Say whether Serve has so many replicas that take requests, and no others."""
     from ray import serve

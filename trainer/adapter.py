@@ -268,9 +268,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not file.exists():
         raise AdapterError(f"{file} is missing. Copy the adapter again, whole.")
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except ValueError as error:
         raise AdapterError(f"{file} is not valid JSON ({error}). Copy the adapter again.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("base") or {}, dict):
+        raise AdapterError(f"{file} is none of an adapter's: no object, or its `base` is none. Copy the adapter again.")
+    return config
 
 
 def _read(file: Path) -> dict[str, Tensor]:

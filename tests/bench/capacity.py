@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,7 +28,7 @@ from trainer.backbone import load_backbone
 from trainer.base import MICRO
 
 REQUESTS = 40  # of a trial
-LONGEST, FIRST, GROWTH = 3.0, 0.7, 1.15  # times the unloaded time; load of the first trial; a rate to the next
+LONGEST, FIRST, GROWTH = 3.0, 0.6, 1.15  # times the unloaded time; load of the first trial; a rate to the next
 WAIT_S = 0.05  # of the peer, for a batch to fill up: it pays that alone too
 REPLICA = {
     "max_ongoing_requests": 1000,
@@ -119,10 +119,9 @@ def capacity() -> Iterator[str]:
         yield "|---|---|---|---|---|---|"
         capacities = []
         for name, side in sides.items():
-            trials = Trials(side, alone + (WAIT_S if name == "@serve.batch" else 0.0))
-            capacities.append([trials.highest(measure) for measure in range(2)])
-            for rate, (own, mean, middle, pictures) in sorted(trials.seen.items()):
-                yield f"| {name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {middle:.2f} | {pictures:.2f} |"
+            trials = Trials(name, side, alone + (WAIT_S if name == "@serve.batch" else 0.0))
+            own = yield from trials.highest(0)
+            capacities.append((own, (yield from trials.highest(1))))
         yield ""
         for what, ours, peers in zip(("its own time", "the mean time"), *capacities, strict=True):
             yield f"Capacity, of {what} alone: {ours:.3f} against {peers:.3f} requests/s, {ours / peers:.2f} times."
@@ -132,31 +131,41 @@ def capacity() -> Iterator[str]:
 class Trials:
     """Trials of one side, at rates that are GROWTH apart."""
 
-    def __init__(self, side: DeploymentHandle, alone: np.ndarray) -> None:
-        self._side, self._alone = side, alone
-        self.seen: dict[float, tuple[float, float, float, float]] = {}
+    def __init__(self, name: str, side: DeploymentHandle, alone: np.ndarray) -> None:
+        self._name, self._side, self._alone = name, side, alone
+        self._seen: dict[int, tuple[float, float]] = {}
 
-    def highest(self, measure: int) -> float:
-        """Return the highest rate that holds: found by twos, upwards or downwards, then the one between is tried."""
+    def highest(self, measure: int) -> Generator[str, None, float]:
+        """Yield a row for each trial; return the rate at which a measure passes LONGEST.
+
+        Neighbouring rates of which one holds and one does not are found by twos, upwards or downwards; between them the
+        measure is taken for a straight line.
+        """
         k = 0
-        if self._holds(k, measure):
-            while self._holds(k + 2, measure):
+        if (yield from self._times(0))[measure] <= LONGEST:
+            while (yield from self._times(k + 2))[measure] <= LONGEST:
                 k += 2
         else:
-            while not self._holds(k, measure):
+            k = -2
+            while (yield from self._times(k))[measure] > LONGEST:
                 k -= 2
-        return self._rate(k + 1) if self._holds(k + 1, measure) else self._rate(k)
+        if (yield from self._times(k + 1))[measure] <= LONGEST:
+            k += 1
+        holds, fails = (yield from self._times(k))[measure], (yield from self._times(k + 1))[measure]
+        return self._rate(k) + (self._rate(k + 1) - self._rate(k)) * (LONGEST - holds) / (fails - holds)
 
     def _rate(self, k: int) -> float:
         return FIRST * GROWTH**k / self._alone.mean()
 
-    def _holds(self, k: int, measure: int) -> bool:
-        rate, alone = self._rate(k), self._alone
-        if rate not in self.seen:
-            times, pictures = asyncio.run(trial(self._side, rate))
-            own, mean = np.quantile(times / alone, 0.95), np.quantile(times, 0.95) / alone.mean()
-            self.seen[rate] = own, mean, float(np.median(times / alone)), pictures
-        return self.seen[rate][measure] <= LONGEST
+    def _times(self, k: int) -> Generator[str, None, tuple[float, float]]:
+        """Return the times of 95 of 100 requests at a rate: of their own alone, and of the mean; a row if it is new."""
+        if k not in self._seen:
+            times, pictures = asyncio.run(trial(self._side, rate := self._rate(k)))
+            own, mean = np.quantile(times / self._alone, 0.95), np.quantile(times, 0.95) / self._alone.mean()
+            self._seen[k] = own, mean
+            middle = np.median(times / self._alone)
+            yield f"| {self._name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {middle:.2f} | {pictures:.2f} |"
+        return self._seen[k]
 
 
 def requests() -> list[Recipe]:
