@@ -25,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
+from factory.files import seal
 from serving.config import ServingConfig
 from serving.engine import Engine
 from serving.pictures import read_recipe
@@ -269,6 +270,7 @@ def test_what_goes_wrong_is_told_in_words(visit: Any, tmp_path: Path) -> None:
         path.mkdir()
         (path / "ip_adapter.safetensors").write_bytes(b"")
         (path / "config.json").write_text("{}")
+        seal(path)
     keys: Any = {hashlib.sha256(b"right").hexdigest()}  # is cleared further down
     with listening(backend, config, keys) as port:
         url = f"http://127.0.0.1:{port}"
