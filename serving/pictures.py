@@ -48,8 +48,8 @@ def read_picture(data: bytes, max_pixels: int) -> Image.Image:
         raise BadPicture(f"is {image.width}x{image.height}, more than this server's limit of {max_pixels} pixels.")
     try:
         image.load()
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        # not ImageOps.exif_transpose: it writes the other tags anew, which fails for odd ones
+        # not by ImageOps.exif_transpose: it writes the other tags anew, which fails for odd ones
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         image = image if turn is None else image.transpose(turn)
         if image.mode.startswith("I"):  # 16 bits per pixel: convert("RGB") would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
