@@ -89,11 +89,13 @@ def create_api(
         return JSONResponse({"object": "list", "data": [_model(name, facts) for name in await answers.models(facts)]})
 
     one = openapi.responses(protocol.Model, 404, *refusals)
+    name: Any = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
-    @api.get("/v1/models/{model:path}", responses=one, dependencies=locked)
-    async def named(model: str) -> Response:
+    # the name is taken from the request: as an argument, FastAPI would document an answer of 422 that never comes
+    @api.get("/v1/models/{model:path}", openapi_extra={"parameters": [name]}, responses=one, dependencies=locked)
+    async def one_model(http: Request) -> Response:
         """One model of this server."""
-        facts = await answers.facts()
+        facts, model = await answers.facts(), http.path_params["model"]
         await answers.find_model(model, facts)
         return JSONResponse(_model(model, facts))
 
