@@ -20,11 +20,11 @@ from serving.adapters import Adapters, Served
 from serving.config import ServingConfig
 from serving.connection import EventStream, while_there
 from serving.gate import server_error
+from serving.job import Event, Facts, Job, Picture, Started
 from serving.metrics import Metrics
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
 from serving.rates import Rates
 from serving.recipe import Recipe
-from serving.worker import Event, Facts, Job, Picture, Started
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 EVENTS = {GENERATIONS: "image_generation", EDITS: "image_edit"}  # OpenAI's names of streamed events

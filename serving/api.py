@@ -16,10 +16,10 @@ from serving import openapi, protocol
 from serving.answers import EDITS, GENERATIONS, Answers, Backend
 from serving.config import ServingConfig
 from serving.gate import Gate
+from serving.job import Facts
 from serving.metrics import Metrics
 from serving.page import studio
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
-from serving.worker import Facts
 
 ROUTES = (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics")  # counted by name
 STATE_S = 5.0  # how long the state of all replicas is waited for

@@ -30,9 +30,10 @@ from serving.api import create_api
 from serving.batcher import best_cap, step_seconds
 from serving.config import ServingConfig, from_args
 from serving.engine import ONLY, Engine
+from serving.job import Event, Facts, Job, SamplerStopped
 from serving.keys import is_loopback, load_keys
 from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, SamplerStopped, Worker, draw_canary, draw_shapes, in_own_thread
+from serving.worker import Worker, draw_canary, draw_shapes, in_own_thread
 from trainer.adapter import AdapterError, find_adapter
 
 log = logging.getLogger("ray.serve")
@@ -92,7 +93,7 @@ class SketchReplica:
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
         self.config = config
         self.adapters = Adapters(config.adapter_folder)
-        self._broken: dict[str, str] = {}  # by id of an adapter that can't be loaded: what is said of it
+        self._broken: set[str] = set()  # ids of adapters that can't be loaded, for good: an id changes with its content
         self.worker = Worker(
             engine,
             config.model,
@@ -116,8 +117,9 @@ class SketchReplica:
         """Load an adapter of the folder; Serve unloads the least recently used, and asks replicas that have it."""
         name = id.rpartition("@")[0]
         gone = ModelUnavailable(f"Model {name} was replaced or removed just now. Try again.")
+        unloadable = ModelUnavailable(f"Model {name} cannot be loaded: the server's log says why.")
         if id in self._broken:
-            raise ModelUnavailable(self._broken[id])
+            raise unloadable
         served = self.adapters.find(name)
         if served is None or served.id != id:
             raise gone
@@ -125,10 +127,9 @@ class SketchReplica:
             await self.worker.add_adapter(served)
         except (AdapterError, OSError, torch.OutOfMemoryError) as error:
             log.error("Adapter %s cannot be served: %s", name, error)
-            message = f"Model {name} cannot be loaded: the server's log says why."
-            if isinstance(error, AdapterError):  # for good: its id changes with its content
-                self._broken[id] = message
-            raise ModelUnavailable(message) from None
+            if isinstance(error, AdapterError):
+                self._broken.add(id)
+            raise unloadable from None
         if self.adapters.find(name) != served:  # while it was read: who knows which one was
             self.worker.remove_adapter(served)
             raise gone

@@ -9,8 +9,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from serving.job import Facts, Job, Picture
 from serving.protocol import ApiError, Busy
-from serving.worker import Facts, Job, Picture
 
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # bounds of the histograms
 

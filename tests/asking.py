@@ -20,9 +20,10 @@ from PIL import Image
 from serving.answers import Backend
 from serving.api import create_api
 from serving.config import Limits, ServingConfig
+from serving.job import Event, Facts, Job, Picture, Started
 from serving.pictures import write_picture
 from serving.protocol import ApiError, Busy
-from serving.worker import Event, Facts, Job, Picture, Started, Worker
+from serving.worker import Worker
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 JSON = {"Content-Type": "application/json"}

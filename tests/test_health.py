@@ -15,8 +15,9 @@ from serving.adapters import Served
 from serving.app import ServeBackend
 from serving.config import ServingConfig
 from serving.engine import Engine, Slot
+from serving.job import Job, Picture, SamplerStopped
 from serving.recipe import Recipe
-from serving.worker import Job, Picture, SamplerStopped, Worker, draw_canary
+from serving.worker import Worker, draw_canary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(prompt="a cat", num_inference_steps=2, seed=1)

@@ -16,9 +16,10 @@ from serving.adapters import Served
 from serving.app import SketchReplica
 from serving.config import ServingConfig
 from serving.engine import Engine, Slot
+from serving.job import Job, Picture, SamplerStopped, Started
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
-from serving.worker import Job, Picture, SamplerStopped, Started, Worker
+from serving.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,8 +25,9 @@ import pytest
 from serving import load
 from serving.app import INGRESS, REPLICA, build
 from serving.engine import Engine, Slot
+from serving.job import Job
 from serving.recipe import Recipe
-from serving.worker import Job, Worker
+from serving.worker import Worker
 from tests.servers import memory_mb, pin, processes, save_adapter, serving
 from tests.test_soak import write_table
 from trainer.base import MICRO

@@ -21,8 +21,9 @@ from ray.serve.handle import DeploymentHandle
 from factory.session import ray_session
 from serving.batcher import best_cap, step_seconds
 from serving.engine import ONLY, Engine, Slot
+from serving.job import Job
 from serving.recipe import Recipe
-from serving.worker import Job, Worker, in_own_thread
+from serving.worker import Worker, in_own_thread
 from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO
