@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -189,7 +189,7 @@ class Answers:
         job: Job,
         warnings: tuple[str, ...],
         started: float,
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         """Yield server-sent events: previews, each finished picture, or an error that came after the first byte."""
         first = True
         shared = {"size": _size(job), "output_format": job.output_format, "quality": "auto", "background": "opaque"}

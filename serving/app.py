@@ -30,7 +30,7 @@ from serving.api import create_api
 from serving.batcher import best_cap, step_seconds
 from serving.config import ServingConfig, from_args
 from serving.engine import ONLY, Engine
-from serving.job import Event, Facts, Job, SamplerStopped
+from serving.job import Event, Facts, Job, Picture, SamplerStopped
 from serving.keys import is_loopback, load_keys
 from serving.protocol import ApiError, Busy
 from serving.worker import Worker, draw_canary, draw_shapes, in_own_thread
@@ -197,10 +197,14 @@ class ServeBackend:
         """Yield the events of a job; closing this cancels it in its replica."""
         asked: Any = {"stream": True} | ({"multiplexed_model_id": job.adapter.id} if job.adapter else {})
         response = cast(DeploymentResponseGenerator, self._replicas.options(**asked).generate.remote(job))
+        unfinished = job.recipe.n
         try:
             with _told():
                 async for event in response:
                     yield event
+                    unfinished -= isinstance(event, Picture) and event.partial is None
+                    if not unfinished:  # the stream's end, which brings nothing, comes milliseconds later
+                        return
         except (asyncio.CancelledError, GeneratorExit):  # not after an error: cancel() would raise it again, bare
             response.cancel()
             raise

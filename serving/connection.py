@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
 from fastapi import Request
@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 T = TypeVar("T")
+QUIET_S = 5.0  # of a stream, until a comment is sent: proxies end a quiet one, and notice who left by sending alone
 
 
 async def while_there(http: Request, work: Awaitable[T]) -> T:
@@ -40,11 +41,13 @@ async def _left(http: Request) -> None:
 class EventStream(StreamingResponse):
     """Server-sent events that hold `holder` until they end.
 
-    They end too when the client left before the first one, or takes longer than `send_timeout_s` to take one.
+    They end too when the client left before the first one, or takes longer than `send_timeout_s` to take one. Between
+    them come comments, which readers of server-sent events skip.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], holder: contextlib.AsyncExitStack, send_timeout_s: float) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(self, events: AsyncGenerator[bytes], holder: contextlib.AsyncExitStack, send_timeout_s: float) -> None:
+        self._events = _with_comments(events)
+        super().__init__(self._events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._holder = holder
         self._send_timeout_s = send_timeout_s
 
@@ -56,5 +59,26 @@ class EventStream(StreamingResponse):
             except TimeoutError:
                 raise ClientDisconnect from None  # it is there, but reads nothing: no different for the others
 
-        async with self._holder:
+        async with self._holder, contextlib.aclosing(self._events):
             await super().__call__(scope, receive, in_time)
+
+
+async def _with_comments(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """Yield the events, and a comment after each QUIET_S without one."""
+    coming = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(events, None))
+            await asyncio.wait((coming,), timeout=QUIET_S)
+            if not coming.done():
+                yield b": drawing\n\n"
+                continue
+            event, coming = coming.result(), None
+            if event is None:
+                return
+            yield event
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        await events.aclose()

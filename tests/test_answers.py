@@ -13,6 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from serving import connection
 from serving.api import create_api
 from serving.config import Limits, ServingConfig
 from serving.protocol import Busy
@@ -51,6 +52,26 @@ def test_a_streamed_answer_has_openais_events(path: str, kind: str) -> None:
     assert [data["seed"] for _, data in events] == [9, 10] * 3
     assert all(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).size == (64, 64) for _, data in events)
     assert backend.closed == 1
+
+
+def test_a_stream_that_is_quiet_for_long_sends_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "QUIET_S", 0.05)
+
+    async def main() -> tuple[str, int]:
+        backend = FakeBackend()
+        backend.hold = asyncio.Event()
+        async with client(backend) as http:
+            asked = asyncio.create_task(http.post(GENERATIONS, json={**GOOD, "stream": True, "partial_images": 1}))
+            await asyncio.sleep(0.5)
+            backend.hold.set()
+            return (await asked).text, backend.closed
+
+    text, closed = asyncio.run(main())
+    quiet, _, rest = text.partition("event: ")
+    assert quiet.count("\n\n") >= 2
+    assert set(quiet.split("\n\n")) == {": drawing", ""}
+    assert [name for name, _ in events_of(rest)] == ["image_generation.partial_image", "image_generation.completed"]
+    assert closed == 1
 
 
 def test_a_streamed_answer_that_fails_ends_with_an_error_event() -> None:
@@ -190,14 +211,19 @@ def test_a_cancelled_request_closes_its_job_and_gives_its_place_back() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("quiet", [False, True])  # what it does not read is an event, or a comment before the first
 @pytest.mark.parametrize("stuck", ["http.response.start", "http.response.body"])
 @pytest.mark.parametrize("version", ["2.0", "2.4"])  # of ASGI: the stream runs in a task group, or in none
-def test_a_client_that_reads_nothing_loses_its_place(version: str, stuck: str) -> None:
+def test_a_client_that_reads_nothing_loses_its_place(
+    version: str, stuck: str, quiet: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "QUIET_S", 0.02)
     limits = Limits(send_timeout_s=0.05)
     config = ServingConfig(adapter="/a", limits=limits, max_queued_requests=1, max_ongoing_requests=1)
 
     async def main() -> tuple[FakeBackend, list[str], int, str]:
         backend, forever, sent = FakeBackend(), asyncio.Event(), []
+        backend.hold = asyncio.Event() if quiet else None
         api = create_api(config, backend, None)
         requests = [{"type": "http.request", "body": json.dumps({**GOOD, "stream": True}).encode()}]
         scope = {
@@ -216,6 +242,7 @@ def test_a_client_that_reads_nothing_loses_its_place(version: str, stuck: str) -
                 await forever.wait()
 
         await asyncio.wait_for(api(scope, receive, send), 5)
+        backend.hold = None
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://127.0.0.1") as http:
             after = (await http.post(GENERATIONS, json=GOOD)).status_code
             return backend, sent, after, (await http.get("/metrics")).text

@@ -76,7 +76,10 @@ async function* events(reply) {
     if (done) return;
     const parts = (text + value).split("\n\n");
     text = parts.pop();
-    for (const part of parts) yield JSON.parse(part.split("\n").find((line) => line.startsWith("data: ")).slice(6));
+    for (const part of parts) {
+      const data = part.split("\n").find((line) => line.startsWith("data: "));
+      if (data) yield JSON.parse(data.slice(6));  // a comment says only that the server is there
+    }
   }
 }
 function pause(seconds, signal) {
