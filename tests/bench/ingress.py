@@ -1,6 +1,7 @@
 """What the way through the server costs: the time of a request over HTTP, less the time that its engine is at work.
 
-The peer is Serve itself: an application whose ingress asks a replica that does nothing, and answers as many bytes. Serve's
+The peer is Serve itself: an application whose ingress asks a replica that does nothing, and answers as many bytes.
+Serve's
 own switches (RAY_SERVE_…) of the environment are those of all its processes.
 """
 
@@ -103,7 +104,7 @@ def ingress() -> Iterator[str]:
             replica = serve.deployment(TimedReplica, name=REPLICA).bind(config)
             serve.run(SketchIngress.bind(config, replica), name="bench", route_prefix="/")
             engine = serve.get_deployment_handle(REPLICA, "bench")
-            idle = {"ray_actor_options": {"num_cpus": 0.1}}
+            idle = {"ray_actor_options": {"num_cpus": 0}}
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 answer = client.post(PATH, json=plain).raise_for_status().text
                 nothing = serve.deployment(Idle, **idle).bind()
