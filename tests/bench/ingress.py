@@ -1,8 +1,7 @@
 """What the way through the server costs: the time of a request over HTTP, less the time that its engine is at work.
 
 The peer is Serve itself: an application whose ingress asks a replica that does nothing, and answers as many bytes.
-Serve's
-own switches (RAY_SERVE_…) of the environment are those of all its processes.
+Serve's own switches (RAY_SERVE_…) of the environment are those of all its processes.
 """
 
 from __future__ import annotations
