@@ -320,11 +320,12 @@ def _parse_size(size: str | None, native_size: tuple[int, int], factor: int, lim
     w, h = int(width), int(height)
     if w % factor or h % factor:
         raise _invalid("size", f"size must be multiples of {factor}, got {w}x{h}.")
-    if not all(limits.min_side <= side <= limits.max_side for side in (w, h)) or w * h > limits.max_pixels:
+    most = min(limits.max_pixels, int(limits.max_times_native * native_size[0] * native_size[1]))
+    if not all(limits.min_side <= side <= limits.max_side for side in (w, h)) or w * h > most:
         raise _invalid(
             "size",
             f"Sides must be from {limits.min_side} to {limits.max_side} and width x height at most "
-            f"{limits.max_pixels} on this server, got {w}x{h}.",
+            f"{most} on this server, got {w}x{h}.",
         )
     return w, h
 

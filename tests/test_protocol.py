@@ -46,6 +46,7 @@ BAD_FIELDS = [
     ("size", "65x64", "invalid_value"),
     ("size", "56x64", "invalid_value"),
     ("size", "1032x64", "invalid_value"),
+    ("size", "512x264", "invalid_value"),  # within all pixels, but more than 16 times the base's own
     ("size", "0x0", "invalid_value"),
     ("size", "-64x64", "invalid_value"),
     ("size", "64x64x64", "invalid_value"),

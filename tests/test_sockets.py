@@ -178,7 +178,7 @@ def test_slow_headers_and_slow_bodies_take_nobodys_place() -> None:
 
 
 def test_a_client_that_never_reads_loses_its_place_and_no_others() -> None:
-    limits = Limits(send_timeout_s=0.5)
+    limits = Limits(send_timeout_s=0.5, max_times_native=256)
     config = ServingConfig(adapter="/a", limits=limits, max_ongoing_requests=1, max_queued_requests=1)
     backend = FakeBackend()
     body = json.dumps(
