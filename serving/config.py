@@ -32,8 +32,8 @@ class Limits:
     max_side: int = 1024
     # width x height of one picture: 1 Mpx needs about four times the time of 512 x 512
     max_pixels: int = 1024 * 1024
-    # the same, in pictures of the base's native size: a step of 256 times those pixels takes minutes on a CPU, all others
-    # wait for it, and far from their size models draw badly
+    # the same, in pictures of the base's native size: a step of 256 times those pixels takes minutes on a CPU, and far
+    # from its size a model draws badly
     max_times_native: float = 16.0
     # characters, long before 77 tokens are reached; what the tokenizer cuts is told in `warnings`
     max_prompt_chars: int = 4000
