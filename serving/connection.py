@@ -68,12 +68,10 @@ async def _with_comments(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]
     coming = None
     try:
         while True:
-            coming = coming or asyncio.ensure_future(anext(events, None))
-            await asyncio.wait((coming,), timeout=QUIET_S)
-            if not coming.done():
+            coming = asyncio.ensure_future(anext(events, None))
+            while not (await asyncio.wait((coming,), timeout=QUIET_S))[0]:
                 yield b": drawing\n\n"
-                continue
-            event, coming = coming.result(), None
+            event = coming.result()
             if event is None:
                 return
             yield event

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from cluster.local import free_ports
 from trainer.adapter import Adapter
 from trainer.backbone import load_backbone
 from trainer.projection import VARIANTS
+
+URL = "/v1/images/generations"
+ONE = {"prompt": "line art", "num_inference_steps": 35, "seed": 0}  # a request like others
+STEPS = (20, 50)  # of the others, from and to
+SMALL = {"num_threads": "1", "num_cpus": "0.5", "ingress_num_cpus": "0.1"}  # of a server that leaves room for clients
 
 
 def save_adapter(base: str, folder: Path) -> Path:
@@ -47,6 +53,13 @@ def serving(name: str, **arguments: Any) -> Iterator[httpx.Client]:
             yield client
     finally:
         serve.shutdown()
+
+
+def seconds_of(client: httpx.Client) -> float:
+    """Return the seconds that `ONE` takes."""
+    begun = time.monotonic()
+    client.post(URL, json=ONE).raise_for_status()
+    return time.monotonic() - begun
 
 
 def processes(app: str, deployment: str) -> dict[str, int]:
