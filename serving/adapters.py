@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from factory.files import SUMS
 from trainer.adapter import AdapterError, find_adapter
 
@@ -37,6 +39,10 @@ class ModelUnavailable(Exception):
     """An adapter that was asked for can't be loaded; the words are for the client."""
 
 
+class ModelBroken(ModelUnavailable):
+    """It never can, as long as nobody replaces it."""
+
+
 class Adapters:
     """The adapters of `folder`, an absolute path that all nodes see; None for none."""
 
@@ -48,28 +54,40 @@ class Adapters:
         """Return the names that can be asked for, sorted."""
         if self._folder is None or not self._folder.is_dir():
             return []
-        return sorted(path.name for path in self._folder.iterdir() if self.find(path.name) is not None)
+        names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith("."))
+        for name in names:
+            if not NAME.fullmatch(name):
+                self._tell(name, f"a name has up to 128 letters, digits and . _ -, got {name!r}.")
+        return [name for name in names if self.find(name) is not None]
 
     def find(self, name: str) -> Served | None:
         """Return the adapter of that name; None when there is none, and a line in the log when something else is.
 
-        Whether it is whole is seen when it is loaded.
+        Whether its content is an adapter's is seen when it is loaded.
         """
         if self._folder is None or not NAME.fullmatch(name):
             return None
         try:
             path = find_adapter(self._folder / name)
+            if path.suffix == ".safetensors":
+                with safe_open(path, "numpy"):  # reads the header, which says how long a whole file is
+                    pass
             if (path / SUMS).is_file() or path.suffix == ".safetensors":
                 return Served(name=name, path=str(path), version=version_of(path))
             why = f"{path} is neither a .safetensors file nor a folder with {SUMS}: copy the adapter's folder, whole."
         except FileNotFoundError:
             return None
+        except SafetensorError as error:
+            why = f"{path} is not a whole .safetensors file ({error})."
         except (OSError, AdapterError) as error:  # it is being put there, or is something else
             why = str(error)
+        self._tell(name, why)
+        return None
+
+    def _tell(self, name: str, why: str) -> None:
         if why not in self._told:
             self._told.add(why)
             log.warning("%s is not served: %s", name, why)
-        return None
 
 
 def version_of(path: Path) -> str:

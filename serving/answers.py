@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -22,6 +21,7 @@ from serving.connection import EventStream, while_there
 from serving.gate import server_error
 from serving.job import Event, Facts, Job, Picture, Started
 from serving.metrics import Metrics
+from serving.pictures import BadPicture
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
 from serving.rates import Rates
 from serving.recipe import Recipe
@@ -42,8 +42,15 @@ class Backend(Protocol):
         """Return why jobs can't run now, None when they can."""
         ...
 
+    def replicas(self) -> int:
+        """Return how many replicas run, as far as is known."""
+        ...
+
     def generate(self, job: Job) -> AsyncGenerator[Event]:
-        """Yield the events of a job. Busy when there is no place for it; closing the iterator gives the job up."""
+        """Yield the events of a job; closing the iterator gives it up.
+
+        Busy when there is no place for it, BadPicture when its reference can't be decoded.
+        """
         ...
 
 
@@ -64,6 +71,10 @@ class Answers:
         except TimeoutError:
             message, headers = "No replica has answered yet. Try again.", _retry_after(self._config)
             raise ApiError(503, message, type="server_error", code="unavailable", headers=headers) from None
+
+    def share(self, replicas: int | None = None) -> float:
+        """Return how many replicas, of those that run or of `replicas`, work for this ingress."""
+        return max(1, self._backend.replicas() if replicas is None else replicas) / self._config.ingress_replicas
 
     async def models(self, facts: Facts) -> list[str]:
         """Return the names of all models, the server's own first."""
@@ -92,8 +103,9 @@ class Answers:
                 request, recipe, data = await self._read_request(http, route, facts)
                 holder.enter_context(self._place())
                 job, warnings = await self._to_job(request, recipe, data, facts)
-                replicas, most_s = self._config.max_replicas, self._config.request_timeout_s
-                holder.enter_context(self._metrics.owed(facts, job, replicas, most_s))
+                # by one replica more where it may be started: what is refused here would never bring it
+                most = self.share(min(self._backend.replicas() + 1, self._config.max_replicas))
+                holder.enter_context(self._metrics.owed(facts, job, most, self._config.request_timeout_s))
                 events = self._backend.generate(job)
                 holder.push_async_callback(events.aclose)
                 # Started: only now is it known that there is a place
@@ -118,6 +130,8 @@ class Answers:
                     "warnings": list(warnings),
                 }
             )
+        except BadPicture as error:
+            raise protocol.bad_reference(error) from None
         except TimeoutError:
             raise _timeout(self._config) from None
         finally:
@@ -167,13 +181,12 @@ class Answers:
         served = None if request.model is None else await self.find_model(request.model, facts)
         warnings: tuple[str, ...] = ()
         if data is not None:
-            picture = await asyncio.to_thread(protocol.decode_reference, data, self._config.limits)
-            recipe = dataclasses.replace(recipe, reference=picture)
-            await asyncio.to_thread(getattr, recipe, "reference_sha256")  # it goes with the recipe to the replica
+            protocol.check_reference(data, self._config.limits)
         elif "adapter_scale" in request.model_fields_set:
             warnings = ("adapter_scale has no effect without an image.",)
         job = Job(
             recipe=recipe,
+            reference=data,
             adapter=served,
             output_format=request.output_format,
             output_compression=request.output_compression,

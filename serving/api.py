@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request, Security
@@ -22,7 +21,6 @@ from serving.page import studio
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
 
 ROUTES = (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics")  # counted by name
-STATE_S = 5.0  # how long the state of all replicas is waited for
 
 
 def create_api(
@@ -38,7 +36,7 @@ def create_api(
 
     async def busy(http: Request, error: Exception) -> Response:
         """Answer 429: at once, so that a client can wait or go elsewhere."""
-        wait = metrics.drained_in(config.min_replicas) or config.retry_after_s
+        wait = metrics.drained_in(answers.share()) or config.retry_after_s
         message = f"Every place is taken, in the replicas and in the queue. Try again in {wait} seconds."
         headers = {"Retry-After": str(wait)}
         return await told(http, ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers))
@@ -102,14 +100,16 @@ def create_api(
     @api.get("/health", responses=openapi.responses(protocol.Health, 400, 413, 500, 503))
     async def health() -> Response:
         """200 when pictures can be asked for, 503 when not. Needs no key."""
-        try:
-            async with asyncio.timeout(STATE_S):
-                trouble = await backend.trouble()
-        except TimeoutError:
-            trouble = "Serve's controller does not answer."
+        trouble = await backend.trouble()
         if trouble is not None:
             raise ApiError(503, trouble, type="server_error", code="unavailable")
         return JSONResponse({"status": "ok"})
+
+    @api.head("/health", include_in_schema=False)
+    async def health_alone() -> Response:
+        """The status of /health, for who asks for no more."""
+        await health()
+        return Response()
 
     @api.get("/", include_in_schema=False)
     async def start(http: Request) -> Response:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -25,44 +26,50 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.adapters import Adapters, ModelUnavailable, Served, version_of
+from serving.adapters import Adapters, ModelBroken, ModelUnavailable, Served, version_of
 from serving.api import create_api
 from serving.batcher import best_cap, step_seconds
 from serving.config import ServingConfig, from_args
 from serving.engine import ONLY, Engine
 from serving.job import Event, Facts, Job, Picture, SamplerStopped
 from serving.keys import is_loopback, load_keys
+from serving.pictures import BadPicture
 from serving.protocol import ApiError, Busy
 from serving.worker import Worker, draw_canary, draw_shapes, in_own_thread
-from trainer.adapter import AdapterError, find_adapter
+from trainer.adapter import AdapterError, find_adapter, read_config
 
 log = logging.getLogger("ray.serve")
 REPLICA, INGRESS = "SketchReplica", "SketchIngress"
 MAX_ADAPTERS = 8  # of the folder, loaded in a replica at a time; 98 MB each for SD v1.5 in fp16
-STATUS_S = 2.0  # how long an answer of Serve's controller is used again by /health
-HEALTH_S = 5.0  # between two health checks; the third in a row that fails has a replica replaced
-AGAIN = {"Retry-After": "5"}  # with answers of 503: another replica, or an adapter put right, is there by then
+STATUS_S, ASKED_S, KEPT_S = 2.0, 5.0, 60.0  # an answer of Serve's controller is asked for anew after the first, waited
+# for for the second, and used for the third: replicas go on without their controller
+HEALTH_S = 2.0  # between two health checks; the third in a row that fails has a replica replaced
+AGAIN = {"Retry-After": "5"}  # with answers of 503: another replica is there by then
+NOT_AGAIN = {"X-Should-Retry": "false"}  # OpenAI's word to its client: an adapter that can't be loaded stays so
 PATIENCE, LEAST_PATIENCE_S = 5, 60.0  # times the whole warm-up, before a single step counts as one that hangs
 
 
 class StepMetrics:
     """What a replica does, for Ray's own Prometheus endpoint: the ingress's /metrics does not know."""
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self) -> None:
         bounds = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
         self._seconds = metrics.Histogram("animesketch_step_seconds", "Seconds of a denoising step.", bounds)
         self._steps = metrics.Counter("animesketch_picture_steps", "Steps of one picture each.")
         self._drawn = metrics.Gauge("animesketch_pictures_in_step", "Pictures in the last denoising step.")
         self._waiting = metrics.Gauge("animesketch_pictures_waiting", "Pictures that wait for a place in a replica.")
-        metrics.Gauge("animesketch_picture_places", "Pictures that a replica denoises at a time, at most.").set(cap)
+        self._places = metrics.Gauge(
+            "animesketch_picture_places", "Pictures that a replica denoises at a time, at most."
+        )
 
-    def watch(self, drawn: int, waiting: int, seconds: float) -> None:
+    def watch(self, drawn: int, waiting: int, seconds: float, places: int) -> None:
         """Take the numbers of a step; of zeros when nothing is drawn."""
         if drawn:
             self._seconds.observe(seconds)
             self._steps.inc(drawn)
         self._drawn.set(drawn)
         self._waiting.set(waiting)
+        self._places.set(places)
 
 
 class LoadedAdapter:
@@ -101,7 +108,7 @@ class SketchReplica:
             cap=cap,
             steps_per_second=cap / seconds[cap],
             patience_s=patience_s,
-            watch=StepMetrics(cap).watch,
+            watch=StepMetrics().watch,
         )
 
     async def check_health(self) -> None:
@@ -117,9 +124,9 @@ class SketchReplica:
         """Load an adapter of the folder; Serve unloads the least recently used, and asks replicas that have it."""
         name = id.rpartition("@")[0]
         gone = ModelUnavailable(f"Model {name} was replaced or removed just now. Try again.")
-        unloadable = ModelUnavailable(f"Model {name} cannot be loaded: the server's log says why.")
+        why = f"Model {name} cannot be loaded: the server's log says why."
         if id in self._broken:
-            raise unloadable
+            raise ModelBroken(why)
         served = self.adapters.find(name)
         if served is None or served.id != id:
             raise gone
@@ -129,7 +136,8 @@ class SketchReplica:
             log.error("Adapter %s cannot be served: %s", name, error)
             if isinstance(error, AdapterError):
                 self._broken.add(id)
-            raise unloadable from None
+                raise ModelBroken(why) from None
+            raise ModelUnavailable(why) from None
         if self.adapters.find(name) != served:  # while it was read: who knows which one was
             self.worker.remove_adapter(served)
             raise gone
@@ -152,8 +160,10 @@ class ServeBackend:
         self._replicas = replicas
         self._facts: Facts | None = None
         self._asked: asyncio.Task[Facts] | None = None
-        self._status: tuple[float, str | None] = (0.0, None)  # when it is out of date, and what it was
-        self._looked: asyncio.Task[None] | None = None
+        self._running = config.min_replicas
+        self._trouble: str | None = None
+        self._seen = -math.inf  # when both were
+        self._looking: asyncio.Task[None] | None = None
 
     async def facts(self) -> Facts:
         """Return what the server is: remembered once a replica of our own settings has said it.
@@ -176,22 +186,43 @@ class ServeBackend:
         return facts
 
     async def trouble(self) -> str | None:
-        """Return why jobs can't run now: no replica runs. One question at a time: it may hold a thread for long."""
-        if self._status[0] < time.monotonic():
-            if self._looked is None or self._looked.done():
-                self._looked = asyncio.create_task(self._look())
-            await asyncio.shield(self._looked)
-        return self._status[1]
+        """Return why jobs can't run now: no replica runs, or nobody knows."""
+        if looking := self._look():
+            await asyncio.wait((looking,), timeout=ASKED_S)
+        if time.monotonic() - self._seen > KEPT_S:
+            return "Serve's controller does not answer."
+        return self._trouble
 
-    async def _look(self) -> None:
-        status = await asyncio.to_thread(serve.status)
-        app = status.applications[serve.get_replica_context().app_name]
-        states: dict[Any, int] = app.deployments[REPLICA].replica_states
-        text = None
-        if not states.get("RUNNING"):
-            log.error("No replica runs: %s", app.deployments[REPLICA].message or app.status.value)
-            text = "No replica runs: the server's log says why."
-        self._status = (time.monotonic() + STATUS_S, text)
+    def replicas(self) -> int:
+        """Return how many replicas ran when last looked, and look again where that is a while ago."""
+        self._look()
+        return self._running
+
+    def _look(self) -> asyncio.Task[None] | None:
+        """Ask Serve's controller unless it has just answered; one question at a time, since one may hold a thread."""
+        if time.monotonic() - self._seen < STATUS_S:
+            return None
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._ask_controller())
+        return self._looking
+
+    async def _ask_controller(self) -> None:
+        try:
+            status = await asyncio.to_thread(serve.status)
+            app = status.applications[serve.get_replica_context().app_name]
+            replica = app.deployments[REPLICA]
+        except Exception as error:  # it is away, or has not heard of this application yet
+            log.warning("Serve's controller does not say how the replicas are: %r", error)
+            return
+        states: dict[Any, int] = replica.replica_states
+        self._running, trouble = states.get("RUNNING", 0), None
+        if not self._running and app.status.value == "DEPLOYING":
+            trouble = "No replica runs yet: they are starting."
+        elif not self._running:
+            trouble = "No replica runs: the server's log says why."
+        if trouble not in (None, self._trouble):
+            log.warning("%s %s", trouble, replica.message)
+        self._trouble, self._seen = trouble, time.monotonic()
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         """Yield the events of a job; closing this cancels it in its replica."""
@@ -231,7 +262,7 @@ class Disconnects:
 @serve.deployment(name=INGRESS)
 @serve.ingress()
 class SketchIngress:
-    """Checks requests and keys, decodes references, keeps the queue short; needs no GPU."""
+    """Checks requests and keys, keeps the queue short; needs no GPU."""
 
     def __init__(self, config: ServingConfig, replicas: DeploymentHandle) -> None:
         self.config = config
@@ -251,13 +282,17 @@ class SketchIngress:
 def build(args: dict) -> serve.Application:
     """Return the application for `serve run serving.app:build adapter=URI …`; fields are those of ServingConfig.
 
-    ValueError for a wrong or missing argument, or a path at which nothing is here: replicas are tried for minutes.
+    ValueError for a wrong or missing argument, a path at which nothing is here, and what holds no adapter or no keys:
+    told here, at once, since replicas are tried for minutes.
     """
     config = from_args(args)
     for name in ("adapter", "base", "image_encoder", "adapter_folder", "key_file"):
         path = getattr(config, name)
         if path and os.path.isabs(path) and not os.path.exists(path):
             raise ValueError(f"{name}: there is nothing at {path}. All nodes must see it there, this one too.")
+    read_config(config.adapter)
+    if config.key_file:
+        load_keys(config.key_file)
     refusal: Any = {"status_code": 429, "retry_after_s": config.retry_after_s}
     # what a replica has accepted is finished before it is stopped, and no request is older than that
     grace: Any = {"graceful_shutdown_timeout_s": config.request_timeout_s}
@@ -265,16 +300,18 @@ def build(args: dict) -> serve.Application:
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
-            "target_ongoing_requests": config.max_ongoing_requests,
+            "target_ongoing_requests": min(config.target_ongoing_requests, config.max_ongoing_requests),
         },
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=refusal,
+        max_surge_percent=config.max_surge_percent,
         health_check_period_s=HEALTH_S,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         **grace,
     )
     ingress = SketchIngress.options(
+        num_replicas=config.ingress_replicas,
         max_ongoing_requests=config.max_requests + 64,  # room for /health and for answers of 429
         max_queued_requests=64,
         backpressure_config=refusal,
@@ -287,12 +324,13 @@ def build(args: dict) -> serve.Application:
 
 def _warm_engine(config: ServingConfig) -> tuple[Engine, dict[int, float], float]:
     """Return the engine after its canary, the seconds of its steps by pictures in them, and those of its warm-up."""
+    device = config.device or ("cuda" if config.num_gpus else "cpu")
     engine = Engine.load(
         config.adapter,
         base=config.base,
         image_encoder=config.image_encoder,
-        dtype=getattr(torch, config.dtype),
-        device=config.device or ("cuda" if config.num_gpus else "cpu"),
+        dtype=getattr(torch, config.dtype or ("float32" if device == "cpu" else "bfloat16")),
+        device=device,
         channels_last=config.channels_last,
         compile=config.compile,
     )
@@ -312,9 +350,12 @@ def _told() -> Iterator[None]:
         yield
     except BackPressureError:
         raise Busy from None
+    except BadPicture as error:
+        raise getattr(error, "cause", error) from None  # what Serve raises has the replica's trace for a message
     except ModelUnavailable as error:
         (message,) = getattr(error, "cause", error).args
-        raise ApiError(503, message, type="server_error", code="model_unavailable", headers=AGAIN) from None
+        headers = NOT_AGAIN if isinstance(error, ModelBroken) else AGAIN
+        raise ApiError(503, message, type="server_error", code="model_unavailable", headers=headers) from None
     except (
         RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError, SamplerStopped
     ) as error:  # fmt: skip

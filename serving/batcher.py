@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from PIL import Image
 from serving.engine import Engine, Slot
 from serving.recipe import Recipe
 
+log = logging.getLogger("ray.serve")
 MEASURED_S = 0.5  # that steps of one number of pictures are measured for, where more than four fit in
 GAIN = 1.1  # more pictures a second that twice the slots must bring, to be worth the longer steps
 
@@ -55,6 +57,7 @@ class Batcher:
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and len(slots) > 1:
                 self.cap = max(1, self.cap // 2)
+                log.warning("Out of memory with %d pictures in a step: from now on %d at most.", len(slots), self.cap)
             again = len(slots) > 1
             failed = [] if again else [(slots[0], error)]
         if again:  # only here: the error, which is gone now, held the memory of the whole batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import typing
@@ -81,8 +82,8 @@ class ServingConfig:
     image_encoder: str | None = None
     # the name under which clients ask for it (`model`) and which /v1/models lists
     model: str = "animesketch"
-    # float32 on CPU; float16 halves memory and time on GPU
-    dtype: str = "float32"
+    # float32, float16 or bfloat16; None = bfloat16 on a GPU, which halves memory and time, and float32 on a CPU
+    dtype: str | None = None
     # "cpu", "cuda"; None = a GPU when num_gpus is set
     device: str | None = None
     # torch.compile the UNet, tuned: faster steps after a start of many minutes; needs a C++ compiler on a CPU
@@ -92,6 +93,13 @@ class ServingConfig:
     # replicas that are always there, and how far the autoscaler goes under load
     min_replicas: int = 1
     max_replicas: int = 1
+    # requests for each replica, under way or waiting, beyond which the autoscaler starts another one
+    target_ongoing_requests: float = 4.0
+    # replicas that a rolling update may start before it stops old ones, in percent of those there are: where a GPU is
+    # free for it, 100 updates a single replica without a gap
+    max_surge_percent: int = 0
+    # ingresses, which share the places and the queue; two on several nodes outlive one of them
+    ingress_replicas: int = 1
     # requests that one replica has accepted: as many pictures as fit are denoised together, the others wait for a place
     max_ongoing_requests: int = 16
     # requests that wait for a replica; the next one gets 429 with Retry-After
@@ -115,10 +123,12 @@ class ServingConfig:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
+        if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         for name in (
             "min_replicas",
+            "ingress_replicas",
+            "target_ongoing_requests",
             "max_ongoing_requests",
             "max_queued_requests",
             "max_batch_size",
@@ -130,6 +140,8 @@ class ServingConfig:
             raise ValueError(f"num_threads must be at least 1, got {self.num_threads}.")
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}.")
+        if not 0 <= self.max_surge_percent <= 100:
+            raise ValueError(f"max_surge_percent must be from 0 to 100, got {self.max_surge_percent}.")
         if min(self.num_cpus, self.ingress_num_cpus, self.num_gpus, self.retry_after_s) < 0:
             raise ValueError("num_cpus, ingress_num_cpus, num_gpus and retry_after_s must not be negative.")
         if not re.fullmatch(r"[A-Za-z0-9._:/-]{1,128}", self.model):
@@ -145,8 +157,9 @@ class ServingConfig:
 
     @property
     def max_requests(self) -> int:
-        """Generation requests that the ingress holds at a time: those in replicas and those that wait."""
-        return self.max_replicas * self.max_ongoing_requests + self.max_queued_requests
+        """Generation requests that an ingress holds at a time: its share of those in replicas and those that wait."""
+        places = self.max_replicas * self.max_ongoing_requests + self.max_queued_requests
+        return math.ceil(places / self.ingress_replicas)
 
 
 def from_args(args: Mapping[str, Any]) -> ServingConfig:

@@ -41,12 +41,12 @@ async def _left(http: Request) -> None:
 class EventStream(StreamingResponse):
     """Server-sent events that hold `holder` until they end.
 
-    They end too when the client left before the first one, or takes longer than `send_timeout_s` to take one. Between
-    them come comments, which readers of server-sent events skip.
+    ClientDisconnect when the client leaves before the last one, or takes longer than `send_timeout_s` to take one.
+    Between them come comments, which readers of server-sent events skip.
     """
 
     def __init__(self, events: AsyncGenerator[bytes], holder: contextlib.AsyncExitStack, send_timeout_s: float) -> None:
-        self._events = _with_comments(events)
+        self._events, self._sent = _with_comments(events), False  # whether all of it is
         super().__init__(self._events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._holder = holder
         self._send_timeout_s = send_timeout_s
@@ -58,9 +58,12 @@ class EventStream(StreamingResponse):
                     await send(message)
             except TimeoutError:
                 raise ClientDisconnect from None  # it is there, but reads nothing: no different for the others
+            self._sent = not message.get("more_body", True)
 
         async with self._holder, contextlib.aclosing(self._events):
             await super().__call__(scope, receive, in_time)
+        if not self._sent:  # one that leaves may end the above without a word
+            raise ClientDisconnect
 
 
 async def _with_comments(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

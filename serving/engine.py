@@ -14,7 +14,7 @@ I image tokens, E vision width, C text width, h and w latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ CACHE_BYTES = 256 * 2**20  # of keys and values; a text of SD v1.5 takes 7.7 MB 
 class Slot:
     """One picture that is being drawn."""
 
+    # without its reference, which the rows know
     recipe: Recipe
     # which picture of the recipe
     number: int
@@ -163,7 +164,7 @@ class Engine:
         rows = tuple((self._text(text), self._image(adapter, it) if shown else None, scale) for text, it in told)
         self._scheduler.set_timesteps(recipe.num_inference_steps)
         return Slot(
-            recipe=recipe,
+            recipe=replace(recipe, reference=None),
             number=number,
             rows=rows,
             latents=self.noise(recipe.seed + number, size),

@@ -13,6 +13,8 @@ class Job:
     """A recipe and how its pictures are to be delivered."""
 
     recipe: Recipe
+    # the file of its reference, decoded where it is drawn: 57 kB can be 48 MB of pixels
+    reference: bytes | None = None
     # the adapter of the folder that draws it; None = the server's own
     adapter: Served | None = None
     output_format: str = "png"

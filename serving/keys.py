@@ -36,7 +36,8 @@ def load_keys(path: str) -> frozenset[str]:
         digests.add(word.lower())
     if not digests:
         raise ValueError(
-            f"Key file {path} holds no key, so nobody could call the server. Add one as serving/keys.py says."
+            f"Key file {path} holds no key, so nobody could call the server. Add one: "
+            f'printf %s "$KEY" | sha256sum >> {path}'
         )
     return frozenset(digests)
 

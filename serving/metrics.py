@@ -40,11 +40,10 @@ class Metrics:
         self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
 
     @contextlib.contextmanager
-    def owed(self, facts: Facts, job: Job, replicas: int, most_s: float) -> Iterator[None]:
+    def owed(self, facts: Facts, job: Job, replicas: float, most_s: float) -> Iterator[None]:
         """Count the steps of a job, in pictures of the native size, as under way while the block runs.
 
-        Busy when it would not be done within `most_s`, behind what is under way, by as many `replicas` as there may be:
-        fewer would never see the load that brings more. Alone it may try.
+        Busy when it would not be done within `most_s`, behind what is under way, by so many replicas. Alone it may try.
         """
         recipe, (width, height) = job.recipe, facts.native_size
         area = math.prod(recipe.size or facts.native_size) / (width * height)
@@ -58,7 +57,7 @@ class Metrics:
         finally:
             self._owed -= steps
 
-    def drained_in(self, replicas: int) -> int | None:
+    def drained_in(self, replicas: float) -> int | None:
         """Return the seconds in which what is under way will be done, 1 at least; None where nobody knows."""
         return max(1, math.ceil(self._owed / (self._speed * replicas))) if self._speed else None
 

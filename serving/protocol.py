@@ -13,11 +13,10 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.config import Limits
-from serving.pictures import MOST_EXIF, BadPicture, read_picture
+from serving.pictures import MOST_EXIF, BadPicture, check_picture
 from serving.recipe import MAX_SEED, Recipe
 
 # fields of OpenAI's image routes that have no meaning here
@@ -240,16 +239,21 @@ def decode_base64(text: str, limits: Limits) -> bytes:
         raise _invalid("image", f"image is not valid base64: {error}.") from None
 
 
-def decode_reference(data: bytes, limits: Limits) -> Image.Image:
-    """Return the reference picture, RGB, in the bytes of a file; ApiError 400 naming `image` when it can't be one."""
+def check_reference(data: bytes, limits: Limits) -> None:
+    """Refuse a file that can't be a reference by its size and header: ApiError 400 naming `image`."""
     if len(data) > limits.max_image_bytes:
         raise _invalid(
             "image", f"image has {len(data)} bytes, more than this server's limit of {limits.max_image_bytes}."
         )
     try:
-        return read_picture(data, limits.max_image_pixels)
+        check_picture(data, limits.max_image_pixels)
     except BadPicture as error:
-        raise _invalid("image", f"image {error}") from None
+        raise bad_reference(error) from None
+
+
+def bad_reference(error: BadPicture) -> ApiError:
+    """Return the refusal of a reference."""
+    return _invalid("image", f"image {error}")
 
 
 def form_fields(items: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import queue
 import threading
@@ -22,7 +23,7 @@ from serving.adapters import Served
 from serving.batcher import Batcher
 from serving.engine import ONLY, Engine, Slot
 from serving.job import Event, Facts, Job, Picture, SamplerStopped, Started
-from serving.pictures import write_picture
+from serving.pictures import read_picture, write_picture
 from serving.recipe import Recipe
 
 T = TypeVar("T")
@@ -33,7 +34,10 @@ class _Running:
     """A job that is being drawn, and where its events go: from any thread; None is the last one."""
 
     job: Job
+    # its own, with the reference until the slots are made
+    recipe: Recipe
     send: Callable[[Event | Exception | None], object]
+    reference_sha256: str | None = None
     slots: list[Slot] = field(default_factory=list)
     # nobody waits for it any more
     left: bool = False
@@ -76,14 +80,15 @@ class Worker:
         cap: int = 4,
         steps_per_second: float = 0.0,
         patience_s: float = 60.0,
-        watch: Callable[[int, int, float], object] = lambda drawn, waiting, seconds: None,
+        watch: Callable[[int, int, float, int], object] = lambda drawn, waiting, seconds, places: None,
     ) -> None:
         """`version` of the engine's own adapter, for recipes. `cap`: pictures of the native size that are denoised at a
         time; `steps_per_second`: as in Facts.
 
         `patience_s`: seconds that no single step takes, nor anything else that is done between two of them: beyond it
-        the sampler hangs. `watch` is told of each step: the pictures in it, those that wait for a place, its seconds;
-        of zeros when there is nothing to draw any more.
+        the sampler hangs. `watch` is told of each step: the pictures in it, those that wait for a place, its seconds,
+        and `cap`, which is less after a step that the memory had no room for; of zeros and `cap` when there is nothing
+        to draw any more.
         """
         self.engine = engine
         self.model, self.version = model, version
@@ -94,8 +99,10 @@ class Worker:
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # what to do before the next step
         self._jobs: set[_Running] = set()  # all whose caller waits
         self._running: dict[int, _Running] = {}  # by id of slot
-        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")  # in order, beside the next step
-        self._stopped: Exception | None = None
+        # one at a time, beside the next step: few pixels are held, and files come in order
+        self._references = ThreadPoolExecutor(max_workers=1, thread_name_prefix="references")
+        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
+        self._stopped: str | None = None  # why nothing is drawn any more
         self._since: float | None = None  # when what is being done was begun; None = nothing is
         self._doubtful = False  # something has failed, and nothing been proven since
         self._fault: BaseException | None = None  # of the last canary; None = it could be drawn
@@ -118,16 +125,19 @@ class Worker:
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         """Yield Started once the job is accepted, then its Pictures. Cancelled or closed, it leaves the batch.
 
-        What goes wrong in one job is raised here and touches no other. SamplerStopped when nothing works any more.
+        What goes wrong in one job is raised here and touches no other. BadPicture when its reference can't be decoded,
+        SamplerStopped when nothing works any more.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        running = _Running(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        recipe, sha256 = await loop.run_in_executor(self._references, _with_reference, job)
+        running = _Running(job, recipe, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), sha256)
+        del recipe  # and with it the reference
         self._jobs.add(running)
         try:
             self._inbox.put(lambda: self._join(running))
             if self._stopped is not None:  # asked after the job is known: those known when it stopped are told there
-                raise self._stopped
+                raise SamplerStopped(self._stopped)
             while (event := await events.get()) is not None:
                 if isinstance(event, Exception):
                     raise event
@@ -147,7 +157,7 @@ class Worker:
         if self._stopped is None and since is not None and time.monotonic() - since > self._patience_s:
             self._stop(f"The sampler hangs: it has been at one thing for more than {self._patience_s:.0f} s.")
         if self._stopped is not None:
-            raise self._stopped
+            raise SamplerStopped(self._stopped)
         if self._canary is not None and self._canary.done():
             self._fault, self._canary = self._canary.exception(), None
         if self._doubtful and self._canary is None:
@@ -172,7 +182,7 @@ class Worker:
         """Return what `do` returns, or raise what it raises, in the thread that draws."""
         done = self._put(do)
         if self._stopped is not None:
-            raise self._stopped
+            raise SamplerStopped(self._stopped)
         return await asyncio.wrap_future(done)
 
     def _put(self, do: Callable[[], T]) -> Future[T]:
@@ -184,7 +194,7 @@ class Worker:
                 return
             try:
                 if self._stopped is not None:
-                    raise self._stopped
+                    raise SamplerStopped(self._stopped)
                 done.set_result(do())
             except Exception as error:
                 done.set_exception(error)
@@ -198,9 +208,9 @@ class Worker:
 
     def _stop(self, why: str) -> None:
         """Take no more jobs, and tell those that there are."""
-        self._stopped = SamplerStopped(why)
+        self._stopped = why
         for running in list(self._jobs):
-            self._send(running, self._stopped)
+            self._send(running, SamplerStopped(why))
 
     def _draw(self) -> None:
         """Step through what there is, for ever."""
@@ -221,7 +231,7 @@ class Worker:
         while wait or not self._inbox.empty():
             if wait:
                 self._since = None
-                self._watch(0, 0, 0.0)
+                self._watch(0, 0, 0.0, self.batcher.cap)
             do, wait = self._inbox.get(), False
             self._since = time.monotonic()
             do()
@@ -231,7 +241,7 @@ class Worker:
         slots, failed = self.batcher.step()
         if slots:
             waiting, seconds = len(self.batcher) - sum(bool(slot.timesteps) for slot in slots), time.monotonic() - begun
-            self._watch(len(slots), waiting, seconds)
+            self._watch(len(slots), waiting, seconds, self.batcher.cap)
             for slot in slots:
                 slot.share += 1 / len(slots)
                 slot.seconds += seconds / len(slots)
@@ -245,7 +255,7 @@ class Worker:
 
     def _join(self, running: _Running) -> None:
         if self._stopped is not None:
-            self._send(running, self._stopped)
+            self._send(running, SamplerStopped(self._stopped))
             return
         if running.left:  # while it waited for the step in flight: nothing is encoded for it
             return
@@ -255,7 +265,7 @@ class Worker:
             except Exception as error:  # no fault of this job: another replica may draw it
                 self._send(running, SamplerStopped(f"The canary can't be drawn: {error!r}"))
                 return
-        recipe = running.job.recipe
+        recipe, running.recipe = running.recipe, running.job.recipe
         try:
             adapter = running.job.adapter.id if running.job.adapter else ONLY
             running.slots = [self.engine.slot(recipe, i, adapter) for i in range(recipe.n)]
@@ -302,7 +312,7 @@ class Worker:
         if running.left:
             return
         try:
-            self._send(running, self._picture(running.job, image, slot, partial))
+            self._send(running, self._picture(running, image, slot, partial))
         except Exception as error:
             self._send(running, error)
 
@@ -319,9 +329,10 @@ class Worker:
             found.append("The base has random weights, made for tests: pictures are noise.")
         return tuple(found)
 
-    def _picture(self, job: Job, image: Image.Image, slot: Slot, partial: int | None) -> Picture:
+    def _picture(self, running: _Running, image: Image.Image, slot: Slot, partial: int | None) -> Picture:
         """Return a picture as a file whose recipe makes it again, alone: its own seed, no time, no request id."""
-        recipe, seed, backbone = job.recipe, job.recipe.seed + slot.number, self.engine.backbone
+        job, recipe, backbone = running.job, running.job.recipe, self.engine.backbone
+        seed = recipe.seed + slot.number
         width, height = image.size
         facts = {
             "prompt": recipe.prompt,
@@ -331,7 +342,7 @@ class Worker:
             "adapter_scale": recipe.adapter_scale,
             "seed": seed,
             "size": f"{width}x{height}",
-            "reference_sha256": recipe.reference_sha256,
+            "reference_sha256": running.reference_sha256,
             "model": job.adapter.name if job.adapter else self.model,
             "model_version": job.adapter.version if job.adapter else self.version,
             "base": backbone.id,
@@ -347,3 +358,10 @@ class Worker:
     def _send(running: _Running, event: Event | Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             running.send(event)
+
+
+def _with_reference(job: Job) -> tuple[Recipe, str | None]:
+    """Return the recipe of a job, with its reference decoded, and that one's sha256. BadPicture when it is damaged."""
+    reference = job.recipe.reference if job.reference is None else read_picture(job.reference)
+    recipe = dataclasses.replace(job.recipe, reference=reference)
+    return recipe, recipe.reference_sha256

@@ -21,7 +21,7 @@ from serving.answers import Backend
 from serving.api import create_api
 from serving.config import Limits, ServingConfig
 from serving.job import Event, Facts, Job, Picture, Started
-from serving.pictures import write_picture
+from serving.pictures import read_picture, write_picture
 from serving.protocol import ApiError, Busy
 from serving.worker import Worker
 
@@ -56,11 +56,16 @@ class FakeBackend:
     async def trouble(self) -> str | None:
         return self.down
 
+    def replicas(self) -> int:
+        return 1
+
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         self.jobs.append(job)
         try:
             if isinstance(self.fail, (Busy, ApiError)):
                 raise self.fail
+            if job.reference is not None:
+                read_picture(job.reference)
             yield Started(warnings=("told by the replica",))
             if self.hold is not None:
                 await self.hold.wait()
@@ -90,6 +95,9 @@ class EngineBackend:
 
     async def trouble(self) -> str | None:
         return None
+
+    def replicas(self) -> int:
+        return 1
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         if job.adapter is not None and job.adapter.id not in self.loaded:

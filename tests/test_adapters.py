@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from factory.files import SUMS, new_folder, write_atomic
 from serving.adapters import Adapters
@@ -28,14 +30,24 @@ def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path, caplog: pytest.L
     put(tmp_path / "adapters", "a-run", run=True)
     (tmp_path / "adapters" / "empty").mkdir()
     (tmp_path / "adapters" / ".hidden").mkdir()
-    (tmp_path / "adapters" / "bare.safetensors").write_bytes(b"weights")
+    save_file({"a": np.zeros(9)}, tmp_path / "adapters" / "bare.safetensors")
+    whole = (tmp_path / "adapters" / "bare.safetensors").read_bytes()
+    (tmp_path / "adapters" / "coming.safetensors").write_bytes(whole[:-1])
+    put(tmp_path / "adapters", "two words")
     (tmp_path / "adapters" / "README.md").write_text("ours")
     with caplog.at_level(logging.WARNING, "ray.serve"):
         for _ in range(2):
             assert adapters.names() == ["a-run", "bare.safetensors", "lines"]
     told = sorted(record.getMessage() for record in caplog.records)
-    assert [line.split(":")[0] for line in told] == ["README.md is not served", "empty is not served"]  # once each
-    assert WEIGHTS in told[1]
+    assert [line.partition(" is not served: ")[0] for line in told] == [
+        "README.md",
+        "coming.safetensors",
+        "empty",
+        "two words",
+    ]  # once each
+    assert WEIGHTS in told[2]
+    (tmp_path / "adapters" / "coming.safetensors").write_bytes(whole)
+    assert adapters.find("coming.safetensors") is not None
     shutil.copytree(tmp_path / "adapters" / "lines", tmp_path / "adapters" / "half", ignore=lambda *_: [SUMS])
     assert adapters.find("half") is None  # it could never be loaded
     before = adapters.find("lines")

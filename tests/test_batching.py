@@ -261,7 +261,7 @@ def test_one_poisoned_slot_fails_alone(engine: Engine, monkeypatch: pytest.Monke
 
 
 def test_a_batch_that_does_not_fit_is_drawn_one_by_one_without_the_memory_it_held(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Held:
         pass
@@ -283,6 +283,7 @@ def test_a_batch_that_does_not_fit_is_drawn_one_by_one_without_the_memory_it_hel
     assert alive == [False, False]
     assert [slot.done for slot in slots] == [1, 1]
     assert batcher.cap == 2
+    assert "2 pictures in a step: from now on 2 at most" in caplog.text
 
 
 def test_not_a_number_in_one_slot_is_not_its_neighbours(engine: Engine) -> None:

@@ -7,12 +7,14 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from serving.adapters import Served
-from serving.app import ServeBackend
+from serving.app import REPLICA, ServeBackend
 from serving.config import ServingConfig
 from serving.engine import Engine, Slot
 from serving.job import Job, Picture, SamplerStopped
@@ -152,10 +154,11 @@ def test_a_thread_that_has_ended_is_found_out_and_nobody_waits_for_it(
             lambda: draw(worker),
             worker.check,
             lambda: worker.add_adapter(Served(name="other", path=str(adapter_folder), version="1")),
-        ]
+        ] + 20 * [worker.check]
         for call in calls:
-            with pytest.raises(SamplerStopped, match="division by zero"):
+            with pytest.raises(SamplerStopped, match="division by zero") as told:
                 await asyncio.wait_for(call(), 10)
+            assert len(told.traceback) < 20  # one that is raised again and again grows
 
     asyncio.run(main())
 
@@ -229,6 +232,42 @@ def test_the_state_is_asked_for_once_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [1]
 
 
+def test_the_state_is_that_of_the_last_answer_while_serves_controller_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def says(app: str, running: int) -> Any:
+        replica = SimpleNamespace(replica_states={"RUNNING": running}, message="waits for a GPU")
+        return SimpleNamespace(
+            applications={"sketch": SimpleNamespace(status=SimpleNamespace(value=app), deployments={REPLICA: replica})}
+        )
+
+    def away() -> Any:
+        raise RuntimeError("away")
+
+    async def main() -> None:
+        monkeypatch.setattr("serving.app.STATUS_S", 0.0)
+        monkeypatch.setattr("ray.serve.get_replica_context", lambda: SimpleNamespace(app_name="sketch"))
+        backend = ServeBackend(ServingConfig(adapter="/a", max_replicas=3), None)  # type: ignore[arg-type]
+        monkeypatch.setattr("ray.serve.status", away)
+        assert "controller does not answer" in str(await backend.trouble())
+        monkeypatch.setattr("ray.serve.status", lambda: says("DEPLOYING", 0))
+        assert "starting" in str(await backend.trouble())
+        monkeypatch.setattr("ray.serve.status", lambda: says("RUNNING", 3))
+        assert await backend.trouble() is None
+        assert backend.replicas() == 3
+        monkeypatch.setattr("ray.serve.status", away)
+        assert await backend.trouble() is None
+        assert backend.replicas() == 3
+        monkeypatch.setattr("ray.serve.status", lambda: says("RUNNING", 0))
+        assert "the server's log says why" in str(await backend.trouble())
+        monkeypatch.setattr("serving.app.KEPT_S", 0.0)
+        monkeypatch.setattr("ray.serve.status", away)
+        assert "controller does not answer" in str(await backend.trouble())
+
+    asyncio.run(main())
+    assert sum("waits for a GPU" in record.getMessage() for record in caplog.records) == 2
+
+
 def test_a_path_at_which_nothing_is_is_told_before_anything_is_started(tmp_path: Path) -> None:
     from serving.app import build
 
@@ -237,11 +276,26 @@ def test_a_path_at_which_nothing_is_is_told_before_anything_is_started(tmp_path:
             build({"adapter": str(tmp_path), name: "/not/here"})
 
 
-def test_what_a_server_has_accepted_may_take_as_long_as_a_request_before_it_is_stopped(tmp_path: Path) -> None:
+def test_what_holds_no_adapter_or_no_key_is_told_before_anything_is_started(
+    adapter_folder: Path, tmp_path: Path
+) -> None:
     from serving.app import build
 
-    ingress = build({"adapter": str(tmp_path), "request_timeout_s": "77"})._bound_deployment
+    with pytest.raises(ValueError, match=r"holds neither ip_adapter.safetensors"):
+        build({"adapter": str(tmp_path)})
+    (tmp_path / "keys").touch()
+    with pytest.raises(ValueError, match=r"holds no key, so nobody could call the server.*sha256sum"):
+        build({"adapter": str(adapter_folder), "key_file": str(tmp_path / "keys")})
+
+
+def test_what_a_server_has_accepted_may_take_as_long_as_a_request_before_it_is_stopped(adapter_folder: Path) -> None:
+    from serving.app import build
+
+    ingress = build(
+        {"adapter": str(adapter_folder), "request_timeout_s": "77", "max_surge_percent": "50"}
+    )._bound_deployment
     replica = ingress.init_args[1]._bound_deployment
     for deployment in (ingress, replica):
         assert deployment._deployment_config.graceful_shutdown_timeout_s == 77
     assert ingress._deployment_config.max_surge_percent == 100
+    assert replica._deployment_config.max_surge_percent == 50

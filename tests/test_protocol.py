@@ -239,7 +239,7 @@ def test_a_request_without_fields_gets_the_defaults_and_a_seed() -> None:
     (job,) = backend.jobs
     recipe = job.recipe
     assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.adapter_scale) == (50, 7.5, 0.5)
-    assert (recipe.size, recipe.n, recipe.reference, job.output_format) == ((64, 64), 1, None, "png")
+    assert (recipe.size, recipe.n, job.reference, job.output_format) == ((64, 64), 1, None, "png")
     assert body["data"][0]["seed"] == recipe.seed
     assert 0 <= recipe.seed < 2**32
     assert body["warnings"] == ["told by the replica"]
@@ -258,12 +258,12 @@ def test_every_field_reaches_the_recipe() -> None:
     }  # fmt: skip
     response = ask("POST", GENERATIONS, backend=backend, json=fields)
     assert response.status_code == 200, response.text
-    recipe = backend.jobs[0].recipe
+    (job,) = backend.jobs
+    recipe = job.recipe
     assert (recipe.prompt, recipe.negative_prompt, recipe.num_inference_steps) == ("鉛筆 ✏️", "no", 7)
     assert (recipe.guidance_scale, recipe.adapter_scale, recipe.seed, recipe.n) == (3, 0.25, 41, 3)
     assert recipe.size == (128, 64)
-    assert recipe.reference is not None
-    assert recipe.reference.size == (20, 10)
+    assert job.reference == picture("JPEG")
     data = response.json()["data"]
     assert [item["seed"] for item in data] == [41, 42, 43]
     image = Image.open(io.BytesIO(base64.b64decode(data[2]["b64_json"])))
@@ -298,9 +298,10 @@ def test_an_edit_takes_its_fields_as_text_and_the_sketch_as_a_file() -> None:
     form = {"prompt": "a", "n": "2", "seed": "5", "guidance_scale": "4.5", "size": "64x72", "output_format": "webp"}
     response = ask("POST", EDITS, backend=backend, data=form, files={"image": ("s.webp", picture("WEBP"))})
     assert response.status_code == 200, response.text
-    recipe = backend.jobs[0].recipe
+    (job,) = backend.jobs
+    recipe = job.recipe
     assert (recipe.n, recipe.seed, recipe.guidance_scale, recipe.size) == (2, 5, 4.5, (64, 72))
-    assert recipe.reference.size == (20, 10)
+    assert job.reference == picture("WEBP")
     assert [item["seed"] for item in response.json()["data"]] == [5, 6]
 
 
@@ -346,9 +347,11 @@ def test_an_edit_needs_its_sketch_as_a_file() -> None:
 def test_health_says_when_no_replica_runs() -> None:
     backend = FakeBackend()
     assert ask("GET", "/health", backend=backend).json() == {"status": "ok"}
+    assert ask("HEAD", "/health", backend=backend).status_code == 200
     backend.down = "No replica runs: DEPLOY_FAILED"
     error = check_error(ask("GET", "/health", backend=backend), 503, None, "unavailable")
     assert "DEPLOY_FAILED" in error["message"]
+    assert ask("HEAD", "/health", backend=backend).status_code == 503
 
 
 def test_models_docs_and_the_schema_are_there() -> None:

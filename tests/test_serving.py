@@ -25,6 +25,7 @@ from serving.app import MAX_ADAPTERS
 from serving.engine import Engine
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
+from tests.asking import picture
 from tests.servers import processes, serving
 from trainer.adapter import WEIGHTS, Adapter
 
@@ -175,6 +176,7 @@ def test_errors_come_as_openais_object(server: httpx.Client) -> None:
         (405, server.get(path)),
         (400, server.post(path, content=b"{", headers=headers)),
         (400, generate(server, quality="high")),
+        (400, generate(server, image=base64.b64encode(picture(size=(64, 64))[:100]).decode())),  # the replica's word
         (413, server.post(path, content=b"x" * 2_000_001, headers=headers)),
         (404, generate(server, model="other")),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from serving.config import from_args
@@ -14,6 +16,7 @@ def test_arguments_of_the_command_line_become_typed_settings() -> None:
     )  # fmt: skip
     assert (config.adapter, config.num_cpus, config.max_replicas, config.limits.max_n) == ("/runs/7", 0.5, 3, 2)
     assert (config.model, config.num_threads, config.max_requests) == ("123", None, 64)
+    assert dataclasses.replace(config, ingress_replicas=3).max_requests == 22  # each of them holds its share
     typed = from_args({"adapter": "/runs/7", "num_cpus": 0.5, "base": None, "limits": {"max_n": 1}})
     assert (typed.num_cpus, typed.base, typed.limits.max_n, typed.limits.max_side) == (0.5, None, 1, 1024)
 
@@ -32,6 +35,7 @@ def test_arguments_of_the_command_line_become_typed_settings() -> None:
         ({"adapter": "/a", "num_cpus": "-1"}, "must not be negative"),
         ({"adapter": "/a", "min_replicas": "2"}, "min_replicas 2 is above max_replicas 1"),
         ({"adapter": "/a", "dtype": "int8"}, "dtype must be one of"),
+        ({"adapter": "/a", "max_surge_percent": "101"}, "max_surge_percent must be from 0 to 100"),
         ({"adapter": "/a", "max_queued_requests": "-1"}, "max_queued_requests must be above 0"),
         ({"adapter": "/a", "limits.max_num_inference_steps": "1000"}, "at most 999"),
         ({"adapter": "/a", "limits.min_side": "2048"}, "is above limits.max_side"),

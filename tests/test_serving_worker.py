@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import hashlib
 import io
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,9 +20,10 @@ from serving.app import SketchReplica
 from serving.config import ServingConfig
 from serving.engine import Engine, Slot
 from serving.job import Job, Picture, SamplerStopped, Started
-from serving.pictures import read_recipe
+from serving.pictures import BadPicture, read_recipe
 from serving.recipe import Recipe
 from serving.worker import Worker
+from tests import asking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,13 +42,16 @@ def recipe(**fields: object) -> Recipe:
 
 
 def test_a_job_gives_previews_then_pictures_with_their_recipe(engine: Engine) -> None:
+    drawing = asking.picture()
     job = Job(
-        recipe=recipe(reference=Image.new("RGB", (80, 80), "white"), n=2),
+        recipe=recipe(n=2),
+        reference=drawing,
         partial_images=2,
         output_format="webp",
         output_compression=80,
     )
-    started, *pictures = asyncio.run(collected(Worker(engine, "m"), job))
+    worker = Worker(engine, "m")
+    started, *pictures = asyncio.run(collected(worker, job))
     assert isinstance(started, Started)
     assert any("random weights" in warning for warning in started.warnings)
     assert [(p.partial, p.seed) for p in pictures] == [(0, 11), (0, 12), (1, 11), (1, 12), (None, 11), (None, 12)]
@@ -52,7 +59,30 @@ def test_a_job_gives_previews_then_pictures_with_their_recipe(engine: Engine) ->
     assert facts[-1]["seed"] == 12
     assert facts[-1]["prompt"] == "a girl under a tree"
     assert facts[-1]["base_weights_hash"] == engine.backbone.weights_hash
-    assert len(facts[-1]["reference_sha256"]) == 64
+    pixels = Image.open(io.BytesIO(drawing)).convert("RGB")
+    assert facts[-1]["reference_sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
+    again = recipe(n=1, seed=12, reference=pixels)
+    job = dataclasses.replace(job, output_format="png", partial_images=0)
+    last = Image.open(io.BytesIO(asyncio.run(collected(worker, job))[-1].data))
+    assert abs(np.int16(last) - np.int16(engine.infer(again)[0])).max() <= 1
+
+
+def test_a_reference_that_is_damaged_is_its_own_jobs_fault(engine: Engine) -> None:
+    worker, damaged = Worker(engine, "m"), asking.picture(size=(64, 64))[:100]
+
+    async def main() -> list:
+        with pytest.raises(BadPicture, match="is damaged"):
+            await collected(worker, Job(recipe=recipe(), reference=damaged))
+        assert not worker._doubtful  # nothing is wrong with this replica
+        return await collected(worker, Job(recipe=recipe(num_inference_steps=1)))
+
+    assert len(asyncio.run(main())) == 2
+
+
+def test_no_pixels_of_a_reference_are_held_while_it_is_drawn(engine: Engine) -> None:
+    slot = engine.slot(recipe(reference=Image.new("RGB", (80, 80), "white")))
+    assert slot.recipe.reference is None
+    assert slot.rows[1][1] is not None  # what the layers attend to
 
 
 def test_a_long_prompt_is_told_about(engine: Engine) -> None:

@@ -302,8 +302,10 @@ def test_a_client_that_leaves_frees_its_slots_after_the_step_in_flight(
             if reset:
                 wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         until(lambda: metric(port, "animesketch_requests_in_progress") == 0)
+        until(lambda: metric(port, "animesketch_clients_left_total") == 1)
         go_on.set()
         assert served_by_engine(port)
+        assert metric(port, "animesketch_clients_left_total") == 1
     assert taken == [4] * (steps + 1) + [1]
     assert not worker.batcher
 
