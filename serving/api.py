@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 from fastapi import FastAPI, Request, Security
@@ -20,6 +21,9 @@ from serving.metrics import Metrics
 from serving.page import studio
 from serving.protocol import ApiError, Busy, EditRequest, GenerationRequest
 
+DRAW: list[str | Enum] = ["pictures"]  # headings of /docs
+LIST: list[str | Enum] = ["models"]
+STATE: list[str | Enum] = ["state"]
 ROUTES = (GENERATIONS, EDITS, "/v1/models", "/health", "/metrics")  # counted by name
 
 
@@ -68,19 +72,19 @@ def create_api(
     refusals = (400, 401, 403, 413, 500, 503)
     body = openapi.json_body(GenerationRequest, config.limits)
 
-    @api.post(GENERATIONS, openapi_extra=body, responses=openapi.pictures(), dependencies=locked)
+    @api.post(GENERATIONS, tags=DRAW, openapi_extra=body, responses=openapi.pictures(), dependencies=locked)
     async def generations(http: Request) -> Response:
         """Pictures for a prompt, and for a reference sketch when `image` holds one."""
         return await answers.answer(http, GENERATIONS)
 
     form = openapi.form_body(EditRequest, config.limits)
 
-    @api.post(EDITS, openapi_extra=form, responses=openapi.pictures(), dependencies=locked)
+    @api.post(EDITS, tags=DRAW, openapi_extra=form, responses=openapi.pictures(), dependencies=locked)
     async def edits(http: Request) -> Response:
         """Pictures for a prompt and the reference sketch `image`, a file."""
         return await answers.answer(http, EDITS)
 
-    @api.get("/v1/models", responses=openapi.responses(protocol.ModelList, *refusals), dependencies=locked)
+    @api.get("/v1/models", tags=LIST, responses=openapi.responses(protocol.ModelList, *refusals), dependencies=locked)
     async def models() -> Response:
         """The models of this server: adapters of one base."""
         facts = await answers.facts()
@@ -90,14 +94,16 @@ def create_api(
     name: Any = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
     # the name is taken from the request: as an argument, FastAPI would document an answer of 422 that never comes
-    @api.get("/v1/models/{model:path}", openapi_extra={"parameters": [name]}, responses=one, dependencies=locked)
+    @api.get(
+        "/v1/models/{model:path}", tags=LIST, openapi_extra={"parameters": [name]}, responses=one, dependencies=locked
+    )
     async def one_model(http: Request) -> Response:
         """One model of this server."""
         facts, model = await answers.facts(), http.path_params["model"]
         await answers.find_model(model, facts)
         return JSONResponse(_model(model, facts))
 
-    @api.get("/health", responses=openapi.responses(protocol.Health, 400, 413, 500, 503))
+    @api.get("/health", tags=STATE, responses=openapi.responses(protocol.Health, 400, 413, 500, 503))
     async def health() -> Response:
         """200 when pictures can be asked for, 503 when not. Needs no key."""
         trouble = await backend.trouble()
@@ -121,7 +127,9 @@ def create_api(
         """A page that draws by this API."""
         return studio()
 
-    @api.get("/metrics", response_class=PlainTextResponse, responses=openapi.text(*refusals), dependencies=locked)
+    @api.get(
+        "/metrics", tags=STATE, response_class=PlainTextResponse, responses=openapi.text(*refusals), dependencies=locked
+    )
     async def prometheus() -> Response:
         """Counters of this ingress replica, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

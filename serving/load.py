@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import random
+import re
 import statistics
 import sys
 import time
@@ -44,6 +45,7 @@ class Tally:
     refused: list[float] = field(default_factory=list)
     left: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by what
+    said: dict[str, str] = field(default_factory=dict)  # of each what, the server's words to the first one
     in_progress: list[float] = field(default_factory=list)  # requests that the server held, seen each second
     # what the server counted meanwhile: steps of finished pictures, the denoising steps that drew them, their seconds
     counted: dict[str, float] = field(default_factory=dict)
@@ -120,7 +122,17 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any], at: float, leaves:
     elif reply.status_code == 429:
         tally.refused.append(seconds)
     else:
-        tally.failed[f"status {reply.status_code}"] += 1
+        what = f"status {reply.status_code}"
+        tally.failed[what] += 1
+        tally.said.setdefault(what, _words(reply))
+
+
+def _words(reply: httpx.Response) -> str:
+    try:
+        words = str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        words = reply.text[:200]
+    return words + (" It is read from ANIMESKETCH_KEY." if reply.status_code == 401 else "")
 
 
 async def _watch(http: httpx.AsyncClient, tally: Tally) -> None:
@@ -155,6 +167,7 @@ def summary(tally: Tally, seconds: float) -> dict[str, Any]:
         "refused": len(tally.refused),
         "left": tally.left,
         "failed": dict(tally.failed),
+        "said": tally.said,
         "seconds": round(seconds, 2),
         "goodput": round(len(tally.answered) / seconds, 3),
         "latency": percentiles(tally.answered),
@@ -189,6 +202,12 @@ def _range(text: str) -> tuple[int, int]:
     return found
 
 
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+x[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"a width and a height such as 768x512, got {text!r}")
+    return text
+
+
 def _share(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"a share from 0 to 1, got {text!r}")
@@ -215,7 +234,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=_range, default=(20, 50), metavar="LOW-HIGH", help="DDIM steps (default: 20-50)"
     )
-    parser.add_argument("--size", action="append", default=[], metavar="WxH", help="may be given again, to be mixed")
+    parser.add_argument(
+        "--size", type=_size, action="append", default=[], metavar="WxH", help="may be given again, to be mixed"
+    )
     parser.add_argument("--prompt", default="a smiling girl with long hair, anime sketch, line art")
     parser.add_argument("--model", help="a name that /v1/models lists")
     parser.add_argument("--image", metavar="FILE", help="a reference sketch for all requests")

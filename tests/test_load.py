@@ -52,6 +52,7 @@ def test_every_request_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     told = run(broken, monkeypatch)
     assert (told["answered"], told["latency"]) == (0, None)
     assert told["failed"]["status 500"] + told["refused"] == 20
+    assert "The server failed" in told["said"]["status 500"]
 
 
 def test_percentiles_are_of_the_sorted_values() -> None:

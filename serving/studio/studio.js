@@ -219,6 +219,11 @@ for (const kind of ["curl", "python"]) {
 }
 
 // ---- the adapters, which come and go, and what was on the page when it was closed
+function distinct() {
+  for (const option of $("other").options) option.disabled = option.value === $("model").value;
+  if ($("other").selectedOptions[0]?.disabled) $("other").value = "";
+}
+$("model").addEventListener("change", distinct);
 async function models() {
   try {
     const reply = await fetch(`${HERE}v1/models`);
@@ -229,6 +234,7 @@ async function models() {
       select.replaceChildren(...first.map((one) => new Option(...one)), ...names.map((name) => new Option(name, name)));
       if ([...select.options].some((option) => option.value === chosen)) select.value = chosen;
     }
+    distinct();
     const [width, height] = native_size.split("x").map(Number), chosen = $("size").value;
     $("size").replaceChildren(new Option("square", ""), new Option("tall", `${width}x${height * 1.5}`), new Option("wide", `${width * 1.5}x${height}`));
     set("size", chosen);
