@@ -35,6 +35,7 @@ from trainer.base import MICRO
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("one_thread")]
 STORM_S, CALM_S = 25, 5
+LOST = "lost with its ingress"
 ALLOWED = {"200", "429", "503 unavailable"}
 TWO = {"min_replicas": "2", "max_replicas": "2"}
 
@@ -192,6 +193,32 @@ def test_a_replica_of_two_is_killed_under_load(two: httpx.Client, table: list[li
     assert "503 unavailable" not in outcomes[at:]
 
 
+def test_an_ingress_of_two_is_killed_under_load(
+    ray_session: str, arguments: dict[str, str], table: list[list[object]]
+) -> None:
+    """What it held is lost, as a bare answer of Serve's proxy or a stream that is cut off; nothing else is."""
+    with serving("soak", **arguments, ingress_replicas="2") as client:
+        ingresses = processes("soak", INGRESS)
+        with crowd(str(client.base_url)) as outcomes:
+            time.sleep(CALM_S)
+            os.kill(next(iter(ingresses.values())), signal.SIGKILL)
+            killed, at = time.monotonic(), len(outcomes)
+            while len(processes("soak", INGRESS)) < 2 or set(processes("soak", INGRESS)) == set(ingresses):
+                assert time.monotonic() < killed + 120
+                time.sleep(0.5)
+            whole = time.monotonic() - killed
+            time.sleep(3 * CALM_S)
+            later = len(outcomes)
+            time.sleep(CALM_S)
+    counts, after = Counter(outcomes), Counter(outcomes[later:])
+    table.append(["SIGKILL of one of two ingresses under load", f"{said(counts)}; two again after {whole:.0f} s"])
+    print(table[-1], outcomes[at:])
+    assert len(ingresses) == 2
+    assert 1 <= counts[LOST] <= 10  # of the ten clients
+    assert set(counts) <= {"200", "429", LOST}, counts
+    assert set(after) <= {"200", "429"}, after
+
+
 def test_an_update_under_load(two: httpx.Client, arguments: dict[str, str], table: list[list[object]]) -> None:
     from ray import serve
 
@@ -277,12 +304,17 @@ def crowd(url: str, count: int = 10) -> Iterator[list[str]]:
 
 def asked(http: httpx.Client, body: dict[str, Any]) -> str:
     """Return what came of a request: its status, and the code of an error other than 429, streamed or not."""
-    with http.stream("POST", URL, json=body) as answer:
-        text = answer.read().decode()
+    try:
+        with http.stream("POST", URL, json=body) as answer:
+            text = answer.read().decode()
+    except httpx.RemoteProtocolError:
+        return LOST
     if answer.status_code in (429, 503) and "retry-after" not in answer.headers:
         return f"{answer.status_code} without Retry-After"
     if answer.status_code == 429:
         return "429"
+    if answer.status_code == 500 and not text.startswith("{"):
+        return LOST
     if answer.status_code != 200:
         return f"{answer.status_code} {json.loads(text)['error']['code']}"
     if not body.get("stream"):
