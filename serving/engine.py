@@ -116,7 +116,7 @@ class Engine:
         """Lay out the UNet's convolutions with channels last, compile it: each first step of a new shape takes longer.
 
         A compiled UNet takes any number of slots of any multiple of `size_multiple`; torch compiles forms of it by
-        batch and size, most of them in `serving.worker.draw_shapes`. One engine of a process can be compiled: others
+        batch and size, most of them in `serving.warmup.draw_shapes`. One engine of a process can be compiled: others
         would share its code.
         """
         if channels_last:

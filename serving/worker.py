@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import queue
 import threading
 import time
@@ -25,6 +24,7 @@ from serving.engine import ONLY, Engine, Slot
 from serving.job import Event, Facts, Job, Picture, SamplerStopped, Started
 from serving.pictures import read_picture, write_picture
 from serving.recipe import Recipe
+from serving.warmup import draw_canary, in_own_thread
 
 T = TypeVar("T")
 
@@ -41,31 +41,6 @@ class _Running:
     slots: list[Slot] = field(default_factory=list)
     # nobody waits for it any more
     left: bool = False
-
-
-def draw_canary(engine: Engine) -> None:
-    """Draw a small picture to see whether it can be done. ArithmeticError when it is not finite."""
-    engine.infer(Recipe(prompt="a canary", reference=Image.new("RGB", (64, 64)), num_inference_steps=2))
-
-
-def draw_shapes(engine: Engine) -> None:
-    """Draw what a compiled UNet takes for new, so that few requests wait for the compiler: sizes, one row and more."""
-    side, more, white = engine.backbone.native_size, engine.size_multiple, Image.new("RGB", (64, 64))
-    for size, guidance in itertools.product(((side, side), (side + more, side + 2 * more)), (7.5, 1.0)):
-        recipe = Recipe(prompt="a shape", reference=white, num_inference_steps=1, size=size, guidance_scale=guidance)
-        for count in (1, 2):
-            engine.step([engine.slot(recipe, number) for number in range(count)])
-
-
-def in_own_thread(do: Callable[[], T]) -> T:
-    """Return what `do` returns, or raise what it raises, in a thread that ends with it.
-
-    Nothing but this and the sampler may compute with torch on CPUs: OpenMP (libgomp) keeps helpers for each thread that
-    has computed, and once all helpers of all threads are more than the cores, they sleep between two operations instead
-    of waiting awake: a step on two cores takes twice its time. Helpers end with their thread.
-    """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(do).result()
 
 
 class Worker:

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from serving.adapters import Served
-from serving.app import REPLICA, ServeBackend
+from serving.backend import ServeBackend
 from serving.config import ServingConfig
 from serving.engine import Engine, Slot
 from serving.job import Job, Picture, SamplerStopped
 from serving.recipe import Recipe
-from serving.worker import Worker, draw_canary
+from serving.replica import REPLICA
+from serving.warmup import draw_canary
+from serving.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(prompt="a cat", num_inference_steps=2, seed=1)
@@ -164,7 +166,7 @@ def test_a_thread_that_has_ended_is_found_out_and_nobody_waits_for_it(
 
 
 def test_an_adapter_is_unloaded_once_however_often_it_is_said(engine: Engine, adapter_folder: Path) -> None:
-    from serving.app import LoadedAdapter
+    from serving.replica import LoadedAdapter
 
     served = Served(name="other", path=str(adapter_folder), version="1")
 
@@ -245,9 +247,9 @@ def test_the_state_is_that_of_the_last_answer_while_serves_controller_is_away(
         raise RuntimeError("away")
 
     async def main() -> None:
-        monkeypatch.setattr("serving.app.STATUS_S", 0.0)
-        monkeypatch.setattr("ray.serve.get_replica_context", lambda: SimpleNamespace(app_name="sketch"))
-        backend = ServeBackend(ServingConfig(adapter="/a", max_replicas=3), None)  # type: ignore[arg-type]
+        monkeypatch.setattr("serving.backend.STATUS_S", 0.0)
+        handle: Any = SimpleNamespace(app_name="sketch", deployment_name=REPLICA)
+        backend = ServeBackend(ServingConfig(adapter="/a", max_replicas=3), handle)
         monkeypatch.setattr("ray.serve.status", away)
         assert "controller does not answer" in str(await backend.trouble())
         monkeypatch.setattr("ray.serve.status", lambda: says("DEPLOYING", 0))
@@ -260,7 +262,7 @@ def test_the_state_is_that_of_the_last_answer_while_serves_controller_is_away(
         assert backend.replicas() == 3
         monkeypatch.setattr("ray.serve.status", lambda: says("RUNNING", 0))
         assert "the server's log says why" in str(await backend.trouble())
-        monkeypatch.setattr("serving.app.KEPT_S", 0.0)
+        monkeypatch.setattr("serving.backend.KEPT_S", 0.0)
         monkeypatch.setattr("ray.serve.status", away)
         assert "controller does not answer" in str(await backend.trouble())
 

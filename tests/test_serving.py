@@ -21,10 +21,10 @@ import pytest
 import torch
 from PIL import Image
 
-from serving.app import MAX_ADAPTERS
 from serving.engine import Engine
 from serving.pictures import read_recipe
 from serving.recipe import Recipe
+from serving.replica import MAX_ADAPTERS
 from tests.asking import picture
 from tests.servers import processes, serving
 from trainer.adapter import WEIGHTS, Adapter

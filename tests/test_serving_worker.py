@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from serving.adapters import Served
-from serving.app import SketchReplica
 from serving.config import ServingConfig
 from serving.engine import Engine, Slot
 from serving.job import Job, Picture, SamplerStopped, Started
 from serving.pictures import BadPicture, read_recipe
 from serving.recipe import Recipe
+from serving.replica import SketchReplica
 from serving.worker import Worker
 from tests import asking
 

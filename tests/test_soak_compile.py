@@ -10,7 +10,7 @@ import pytest
 from serving.batcher import step_seconds
 from serving.engine import ONLY, Engine
 from serving.recipe import Recipe
-from serving.worker import draw_shapes
+from serving.warmup import draw_shapes
 from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO

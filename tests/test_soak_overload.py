@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from serving import load
-from serving.app import INGRESS, REPLICA
+from serving.app import INGRESS
+from serving.replica import REPLICA
 from tests.servers import ONE, SMALL, STEPS, URL, memory_mb, pin, processes, save_adapter, seconds_of, serving
 from tests.test_soak import write_table
 from trainer.base import MICRO

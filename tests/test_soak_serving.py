@@ -24,10 +24,11 @@ import httpx
 import psutil
 import pytest
 
-from serving.app import INGRESS, REPLICA, build
+from serving.app import INGRESS, build
 from serving.engine import Engine, Slot
 from serving.job import Job
 from serving.recipe import Recipe
+from serving.replica import REPLICA
 from serving.worker import Worker
 from tests.servers import ONE, SMALL, STEPS, URL, memory_mb, processes, save_adapter, seconds_of, serving
 from tests.test_soak import write_table

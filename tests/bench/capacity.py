@@ -23,7 +23,8 @@ from serving.batcher import best_cap, step_seconds
 from serving.engine import ONLY, Engine, Slot
 from serving.job import Job
 from serving.recipe import Recipe
-from serving.worker import Worker, in_own_thread
+from serving.warmup import in_own_thread
+from serving.worker import Worker
 from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO

@@ -23,8 +23,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from cluster.local import free_ports
-from serving.app import REPLICA, SketchIngress, SketchReplica
+from serving.app import SketchIngress
 from serving.config import ServingConfig, from_args
+from serving.replica import REPLICA, SketchReplica
 from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO
