@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from factory.files import SUMS
-from trainer.adapter import AdapterError, find_adapter
+from trainer.adapter import WEIGHTS, AdapterError, find_adapter
 
 log = logging.getLogger("ray.serve")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -28,6 +28,7 @@ class Served:
     name: str
     path: str
     version: str  # changes with its content
+    written: tuple[int, int] = (0, 0)  # size and time of its weights: the same content, copied again, is tried again
 
     @property
     def id(self) -> str:
@@ -69,16 +70,17 @@ class Adapters:
             return None
         try:
             path = find_adapter(self._folder / name)
-            if path.suffix == ".safetensors":
-                with safe_open(path, "numpy"):  # reads the header, which says how long a whole file is
-                    pass
-            if (path / SUMS).is_file() or path.suffix == ".safetensors":
-                return Served(name=name, path=str(path), version=version_of(path))
+            if (path / SUMS).is_file() or (path.is_file() and path.suffix == ".safetensors"):
+                weights = path if path.is_file() else path / WEIGHTS
+                with safe_open(weights, "numpy"):  # reads the header, which says how long a whole file is
+                    stat = weights.stat()
+                written = stat.st_size, stat.st_mtime_ns
+                return Served(name=name, path=str(path), version=version_of(path), written=written)
             why = f"{path} is neither a .safetensors file nor a folder with {SUMS}: copy the adapter's folder, whole."
         except FileNotFoundError:
             return None
         except SafetensorError as error:
-            why = f"{path} is not a whole .safetensors file ({error})."
+            why = f"{path} has no whole .safetensors file ({error})."
         except (OSError, AdapterError) as error:  # it is being put there, or is something else
             why = str(error)
         self._tell(name, why)

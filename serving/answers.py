@@ -72,9 +72,20 @@ class Answers:
             message, headers = "No replica has answered yet. Try again.", _retry_after(self._config)
             raise ApiError(503, message, type="server_error", code="unavailable", headers=headers) from None
 
-    def share(self, replicas: int | None = None) -> float:
-        """Return how many replicas, of those that run or of `replicas`, work for this ingress."""
-        return max(1, self._backend.replicas() if replicas is None else replicas) / self._config.ingress_replicas
+    def drained_in(self) -> int | None:
+        """Return the seconds in which what is under way here will be done; None where nobody knows."""
+        return self._metrics.drained_in(max(1, self._backend.replicas()) / self._config.ingress_replicas)
+
+    def _bounds(self) -> tuple[float, float, float]:
+        """Return what this ingress has a share in: replicas, their seconds a request, and requests that may always try.
+
+        Where the autoscaler may start one more replica it is counted, and so many may try that it does.
+        """
+        config, running, few = self._config, max(1, self._backend.replicas()), 1.0
+        if running < config.max_replicas:
+            few += running * config.target_ongoing_requests
+            running += 1
+        return running / config.ingress_replicas, config.request_timeout_s, few / config.ingress_replicas
 
     async def models(self, facts: Facts) -> list[str]:
         """Return the names of all models, the server's own first."""
@@ -103,9 +114,7 @@ class Answers:
                 request, recipe, data = await self._read_request(http, route, facts)
                 holder.enter_context(self._place())
                 job, warnings = await self._to_job(request, recipe, data, facts)
-                # by one replica more where it may be started: what is refused here would never bring it
-                most = self.share(min(self._backend.replicas() + 1, self._config.max_replicas))
-                holder.enter_context(self._metrics.owed(facts, job, most, self._config.request_timeout_s))
+                holder.enter_context(self._metrics.owed(facts, job, *self._bounds()))
                 events = self._backend.generate(job)
                 holder.push_async_callback(events.aclose)
                 # Started: only now is it known that there is a place
@@ -158,9 +167,12 @@ class Answers:
         rules: Any = {"native_size": facts.native_size, "factor": facts.size_multiple, "limits": self._config.limits}
         if route == GENERATIONS:
             _content_type(http, "application/json")
-            values = protocol.parse_json(await http.body(), self._config.limits)
-            request, recipe = protocol.parse_request(GenerationRequest, values, **rules)
-            text = request.image  # type: ignore[attr-defined]
+            body = b"".join([chunk async for chunk in http.stream()])  # http.body() would keep it for the whole request
+            request: Any
+            request, recipe = protocol.parse_request(
+                GenerationRequest, protocol.parse_json(body, self._config.limits), **rules
+            )
+            text, request.image = request.image, None
             return request, recipe, None if text is None else protocol.decode_base64(text, self._config.limits)
         _content_type(http, "multipart/form-data")
         _utf8(http)
@@ -181,7 +193,7 @@ class Answers:
         served = None if request.model is None else await self.find_model(request.model, facts)
         warnings: tuple[str, ...] = ()
         if data is not None:
-            protocol.check_reference(data, self._config.limits)
+            await asyncio.to_thread(protocol.check_reference, data, self._config.limits)  # headers can be long
         elif "adapter_scale" in request.model_fields_set:
             warnings = ("adapter_scale has no effect without an image.",)
         job = Job(

@@ -40,7 +40,7 @@ def create_api(
 
     async def busy(http: Request, error: Exception) -> Response:
         """Answer 429: at once, so that a client can wait or go elsewhere."""
-        wait = metrics.drained_in(answers.share()) or config.retry_after_s
+        wait = answers.drained_in() or config.retry_after_s
         message = f"Every place is taken, in the replicas and in the queue. Try again in {wait} seconds."
         headers = {"Retry-After": str(wait)}
         return await told(http, ApiError(429, message, type="rate_limit_error", code="queue_full", headers=headers))

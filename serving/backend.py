@@ -24,7 +24,7 @@ from serving.protocol import ApiError, Busy
 
 log = logging.getLogger("ray.serve")
 STATUS_S = 2.0  # how long an answer of Serve's controller is good for
-ASKED_S = 5.0  # how long one is waited for
+ASKED_S, KNOWN_S = 5.0, 0.5  # how long one is waited for, and where the last one will do
 KEPT_S = 60.0  # how long the last one is told while none comes: replicas go on without their controller
 AGAIN = {"Retry-After": "5"}  # with answers of 503: another replica is there by then
 NOT_AGAIN = {"X-Should-Retry": "false"}  # OpenAI's word to its client: an adapter that can't be loaded stays so
@@ -40,7 +40,9 @@ class ServeBackend:
         self._asked: asyncio.Task[Facts] | None = None
         self._running = config.min_replicas
         self._trouble: str | None = None
+        self._told: tuple[str | None, str] = (None, "")  # in the log, at last
         self._seen = -math.inf  # when both were
+        self._again = -math.inf  # when to ask again
         self._looking: asyncio.Task[None] | None = None
 
     async def facts(self) -> Facts:
@@ -65,11 +67,10 @@ class ServeBackend:
 
     async def trouble(self) -> str | None:
         """Return why jobs can't run now: no replica runs, or nobody knows."""
-        if looking := self._look():
-            await asyncio.wait((looking,), timeout=ASKED_S)
-        if time.monotonic() - self._seen > KEPT_S:
-            return "Serve's controller does not answer."
-        return self._trouble
+        looking, known = self._look(), time.monotonic() - self._seen < KEPT_S
+        if looking and not looking.done():
+            await asyncio.wait((looking,), timeout=KNOWN_S if known else ASKED_S)
+        return self._trouble if time.monotonic() - self._seen < KEPT_S else "Serve's controller does not answer."
 
     def replicas(self) -> int:
         """Return how many replicas ran when last looked, and look again where that is a while ago."""
@@ -77,10 +78,9 @@ class ServeBackend:
         return self._running
 
     def _look(self) -> asyncio.Task[None] | None:
-        """Ask Serve's controller unless it has just answered; one question at a time, since one may hold a thread."""
-        if time.monotonic() - self._seen < STATUS_S:
-            return None
-        if self._looking is None or self._looking.done():
+        """Ask Serve's controller unless it was asked just now; once at a time, since it may hold a thread."""
+        if (self._looking is None or self._looking.done()) and time.monotonic() >= self._again:
+            self._again = time.monotonic() + STATUS_S
             self._looking = asyncio.create_task(self._ask_controller())
         return self._looking
 
@@ -98,8 +98,9 @@ class ServeBackend:
             trouble = "No replica runs yet: they are starting."
         elif not self._running:
             trouble = "No replica runs: the server's log says why."
-        if trouble not in (None, self._trouble):
+        if trouble is not None and (trouble, replica.message) != self._told:
             log.warning("%s %s", trouble, replica.message)
+        self._told = trouble, replica.message
         self._trouble, self._seen = trouble, time.monotonic()
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:

@@ -95,8 +95,8 @@ class ServingConfig:
     max_replicas: int = 1
     # requests for each replica, under way or waiting, beyond which the autoscaler starts another one
     target_ongoing_requests: float = 4.0
-    # replicas that a rolling update may start before it stops old ones, in percent of those there are: where a GPU is
-    # free for it, 100 updates a single replica without a gap
+    # replicas that a rolling update starts before it stops old ones, in percent of those there are: 100 updates a
+    # single replica without a gap, and waits where there is no room (a free GPU) for the new one beside it
     max_surge_percent: int = 0
     # ingresses, which share the places and the queue; two on several nodes outlive one of them
     ingress_replicas: int = 1
@@ -154,6 +154,12 @@ class ServingConfig:
             value = getattr(self, name)
             if value and "://" not in value and not os.path.isabs(value) and not _hub_id(value):
                 raise ValueError(_relative(name, value))
+
+    @property
+    def device_and_dtype(self) -> tuple[str, str]:
+        """Where the models of a replica are, and what they compute in."""
+        device = self.device or ("cuda" if self.num_gpus else "cpu")
+        return device, self.dtype or ("float32" if device == "cpu" else "bfloat16")
 
     @property
     def max_requests(self) -> int:

@@ -40,16 +40,18 @@ class Metrics:
         self.in_progress = Gauge("animesketch_requests_in_progress", "Requests that hold a place.", **one)
 
     @contextlib.contextmanager
-    def owed(self, facts: Facts, job: Job, replicas: float, most_s: float) -> Iterator[None]:
+    def owed(self, facts: Facts, job: Job, replicas: float, most_s: float, few: float) -> Iterator[None]:
         """Count the steps of a job, in pictures of the native size, as under way while the block runs.
 
-        Busy when it would not be done within `most_s`, behind what is under way, by so many replicas. Alone it may try.
+        Busy when it would not be done within `most_s`, behind what is under way, by so many replicas. `few` jobs may
+        try all the same, and one alone.
         """
         recipe, (width, height) = job.recipe, facts.native_size
         area = math.prod(recipe.size or facts.native_size) / (width * height)
         steps = recipe.n * recipe.num_inference_steps * area
         self._speed = facts.steps_per_second
-        if self._owed and self._owed + steps > most_s * self._speed * replicas > 0:
+        late = self._owed + steps > most_s * self._speed * replicas > 0
+        if late and self._owed and self.active > few:
             raise Busy
         self._owed += steps
         try:

@@ -28,6 +28,7 @@ _REQUEST_ID = {
         "schema": {"type": "string"},
     }
 }
+_NOT_AGAIN = {"X-Should-Retry": {"description": "false: trying again is of no use.", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
 
 
@@ -56,7 +57,7 @@ def text(*errors: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _refusal(status: int) -> dict[str, Any]:
-    headers = _REQUEST_ID | (_RETRY_AFTER if status in (429, 503) else {})
+    headers = _REQUEST_ID | (_RETRY_AFTER if status in (429, 503) else {}) | (_NOT_AGAIN if status == 503 else {})
     return {"description": _ERRORS[status], "headers": headers}
 
 

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 METADATA = "animesketch"  # key of the recipe in a PNG; in JPEG and WebP it is Exif's ImageDescription
+MOST_EXIF_PARTS = 200  # of 64 kB each
 _DESCRIPTION = ExifTags.Base.ImageDescription
 MOST_EXIF = 60_000  # bytes of a recipe in a JPEG, whose Exif ends at 64 kB
 _T = Image.Transpose
@@ -67,6 +68,8 @@ def _open(data: bytes) -> Image.Image:
     """Return the picture in a file, by its header. BadPicture when it is of no kind that is read."""
     if not data:
         raise BadPicture("is empty.")
+    if data.count(b"Exif\0\0") > MOST_EXIF_PARTS:  # Pillow joins them one by one: 8 MB of small ones take half a minute
+        raise BadPicture("has its Exif in too many parts.")
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except _BOMB:

@@ -38,7 +38,7 @@ class StepMetrics:
         )
 
     def watch(self, drawn: int, waiting: int, seconds: float, places: int) -> None:
-        """Take the numbers of a step; of zeros when nothing is drawn."""
+        """Take the numbers of a step, as `Worker` tells them."""
         if drawn:
             self._seconds.observe(seconds)
             self._steps.inc(drawn)
@@ -75,7 +75,7 @@ class SketchReplica:
         log.info("Seconds of a step by pictures in it: %s; at most %d at a time.", seconds, cap)
         self.config = config
         self.adapters = Adapters(config.adapter_folder)
-        self._broken: set[str] = set()  # ids of adapters that can't be loaded, for good: an id changes with its content
+        self._broken: set[Served] = set()  # what can't be loaded, as long as it is not written anew
         self.worker = Worker(
             engine,
             config.model,
@@ -100,17 +100,17 @@ class SketchReplica:
         name = id.rpartition("@")[0]
         gone = ModelUnavailable(f"Model {name} was replaced or removed just now. Try again.")
         why = f"Model {name} cannot be loaded: the server's log says why."
-        if id in self._broken:
-            raise ModelBroken(why)
         served = self.adapters.find(name)
         if served is None or served.id != id:
             raise gone
+        if served in self._broken:
+            raise ModelBroken(why)
         try:
             await self.worker.add_adapter(served)
         except (AdapterError, OSError, torch.OutOfMemoryError) as error:
             log.error("Adapter %s cannot be served: %s", name, error)
             if isinstance(error, AdapterError):
-                self._broken.add(id)
+                self._broken.add(served)
                 raise ModelBroken(why) from None
             raise ModelUnavailable(why) from None
         if self.adapters.find(name) != served:  # while it was read: who knows which one was

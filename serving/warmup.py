@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 def warm_engine(config: ServingConfig) -> tuple[Engine, dict[int, float], float]:
     """Return the engine after its canary, the seconds of its steps by pictures in them, and those of its warm-up."""
-    device = config.device or ("cuda" if config.num_gpus else "cpu")
+    device, dtype = config.device_and_dtype
     engine = Engine.load(
         config.adapter,
         base=config.base,
         image_encoder=config.image_encoder,
-        dtype=getattr(torch, config.dtype or ("float32" if device == "cpu" else "bfloat16")),
+        dtype=getattr(torch, dtype),
         device=device,
         channels_last=config.channels_last,
         compile=config.compile,

@@ -34,7 +34,7 @@ class _Running:
     """A job that is being drawn, and where its events go: from any thread; None is the last one."""
 
     job: Job
-    # its own, with the reference until the slots are made
+    # its own, with the reference
     recipe: Recipe
     send: Callable[[Event | Exception | None], object]
     reference_sha256: str | None = None
@@ -74,7 +74,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # what to do before the next step
         self._jobs: set[_Running] = set()  # all whose caller waits
         self._running: dict[int, _Running] = {}  # by id of slot
-        # one at a time, beside the next step: few pixels are held, and files come in order
+        # one thing at a time, beside the next step: one reference's pixels are held, and files come in order
         self._references = ThreadPoolExecutor(max_workers=1, thread_name_prefix="references")
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
         self._stopped: str | None = None  # why nothing is drawn any more
@@ -105,9 +105,10 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        recipe, sha256 = await loop.run_in_executor(self._references, _with_reference, job)
+        recipe, sha256 = job.recipe, job.recipe.reference_sha256
+        if job.reference is not None:
+            recipe, sha256 = await loop.run_in_executor(self._references, self._with_reference, job)
         running = _Running(job, recipe, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), sha256)
-        del recipe  # and with it the reference
         self._jobs.add(running)
         try:
             self._inbox.put(lambda: self._join(running))
@@ -121,6 +122,17 @@ class Worker:
             running.left = True
             self._jobs.discard(running)
             self._inbox.put(lambda: self._leave(running))
+
+    def _with_reference(self, job: Job) -> tuple[Recipe, str]:
+        """Return the recipe of a job with its reference, as small as the encoder sees it, and the sha256 of the whole.
+
+        BadPicture when it is damaged.
+        """
+        whole = dataclasses.replace(job.recipe, reference=read_picture(job.reference or b""))
+        assert whole.reference is not None
+        assert whole.reference_sha256 is not None
+        recipe = dataclasses.replace(job.recipe, reference=self.engine.backbone.squeeze(whole.reference))
+        return recipe, whole.reference_sha256
 
     async def check(self) -> None:
         """Say whether this worker can draw: nothing is raised when it can.
@@ -240,7 +252,7 @@ class Worker:
             except Exception as error:  # no fault of this job: another replica may draw it
                 self._send(running, SamplerStopped(f"The canary can't be drawn: {error!r}"))
                 return
-        recipe, running.recipe = running.recipe, running.job.recipe
+        recipe = running.recipe
         try:
             adapter = running.job.adapter.id if running.job.adapter else ONLY
             running.slots = [self.engine.slot(recipe, i, adapter) for i in range(recipe.n)]
@@ -333,10 +345,3 @@ class Worker:
     def _send(running: _Running, event: Event | Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             running.send(event)
-
-
-def _with_reference(job: Job) -> tuple[Recipe, str | None]:
-    """Return the recipe of a job, with its reference decoded, and that one's sha256. BadPicture when it is damaged."""
-    reference = job.recipe.reference if job.reference is None else read_picture(job.reference)
-    recipe = dataclasses.replace(job.recipe, reference=reference)
-    return recipe, recipe.reference_sha256

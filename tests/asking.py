@@ -45,7 +45,7 @@ class FakeBackend:
         self.noise = False  # in place of one colour
         self.down: str | None = None
         self.closed = 0
-        self.speed = 0.0
+        self.speed, self.running = 0.0, 1
 
     async def facts(self) -> Facts:
         return Facts(
@@ -57,7 +57,7 @@ class FakeBackend:
         return self.down
 
     def replicas(self) -> int:
-        return 1
+        return self.running
 
     async def generate(self, job: Job) -> AsyncGenerator[Event]:
         self.jobs.append(job)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from factory.files import SUMS, new_folder, write_atomic
 from serving.adapters import Adapters
@@ -18,9 +18,9 @@ from tests.asking import CONFIG, GENERATIONS, GOOD, FakeBackend, ask, check_erro
 from trainer.adapter import WEIGHTS
 
 
-def put(folder: Path, name: str, data: bytes = b"weights", *, run: bool = False) -> None:
+def put(folder: Path, name: str, number: float = 1.0, *, run: bool = False) -> None:
     with new_folder(folder / name / "adapter" if run else folder / name) as aside:
-        write_atomic(aside / WEIGHTS, data)
+        write_atomic(aside / WEIGHTS, save({"a": np.full(9, number)}))
 
 
 def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -30,8 +30,8 @@ def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path, caplog: pytest.L
     put(tmp_path / "adapters", "a-run", run=True)
     (tmp_path / "adapters" / "empty").mkdir()
     (tmp_path / "adapters" / ".hidden").mkdir()
-    save_file({"a": np.zeros(9)}, tmp_path / "adapters" / "bare.safetensors")
-    whole = (tmp_path / "adapters" / "bare.safetensors").read_bytes()
+    whole = save({"a": np.zeros(9)})
+    (tmp_path / "adapters" / "bare.safetensors").write_bytes(whole)
     (tmp_path / "adapters" / "coming.safetensors").write_bytes(whole[:-1])
     put(tmp_path / "adapters", "two words")
     (tmp_path / "adapters" / "README.md").write_text("ours")
@@ -50,10 +50,13 @@ def test_a_folder_of_adapters_is_looked_at_anew(tmp_path: Path, caplog: pytest.L
     assert adapters.find("coming.safetensors") is not None
     shutil.copytree(tmp_path / "adapters" / "lines", tmp_path / "adapters" / "half", ignore=lambda *_: [SUMS])
     assert adapters.find("half") is None  # it could never be loaded
+    put(tmp_path / "adapters", "torn")
+    (tmp_path / "adapters" / "torn" / WEIGHTS).write_bytes(whole[:-1])
+    assert adapters.find("torn") is None  # its sums are there before its weights
     before = adapters.find("lines")
     assert before is not None
     assert before == adapters.find("lines")
-    put(tmp_path / "adapters", "lines", b"others")
+    put(tmp_path / "adapters", "lines", 2.0)
     after = adapters.find("lines")
     assert after is not None
     assert (after.name, after.path) == (before.name, before.path)

@@ -104,11 +104,15 @@ def test_a_full_queue_is_answered_429_at_once() -> None:
     assert response.headers["retry-after"] == "5"
 
 
-def test_a_refusal_says_how_long_what_is_under_way_will_take() -> None:
-    patient = dataclasses.replace(CONFIG, request_timeout_s=60)
+@pytest.mark.parametrize(("running", "ingresses", "seconds"), [(1, 1, "32"), (4, 1, "8"), (4, 2, "16"), (0, 1, "32")])
+def test_a_refusal_says_how_long_what_is_under_way_will_take(running: int, ingresses: int, seconds: str) -> None:
+    patient = dataclasses.replace(
+        CONFIG, request_timeout_s=60, ingress_replicas=ingresses, max_queued_requests=2 * ingresses - 1
+    )
 
     async def main() -> httpx.Response:
         backend = FakeBackend()
+        backend.running = running
         backend.hold, backend.speed = asyncio.Event(), 10.0
         async with client(backend, patient) as http:  # one replica with one place, and one in the queue
             asked = {**GOOD, "num_inference_steps": 40, "size": "128x64", "n": 2}  # 160 steps of 64 x 64 pixels
@@ -122,7 +126,7 @@ def test_a_refusal_says_how_long_what_is_under_way_will_take() -> None:
 
     refused = asyncio.run(main())
     check_error(refused, 429, None, "queue_full")
-    assert refused.headers["retry-after"] == "32"
+    assert refused.headers["retry-after"] == seconds
 
 
 def test_what_would_not_be_done_in_time_is_refused_before_it_is_begun() -> None:
@@ -144,6 +148,28 @@ def test_what_would_not_be_done_in_time_is_refused_before_it_is_begun() -> None:
             ]
 
     assert asyncio.run(main()) == [200, 429, 200]
+
+
+@pytest.mark.parametrize(("running", "most", "steps", "taken"), [
+    (1, 1, 60, 1),  # of 100 seconds, by one replica
+    (2, 2, 60, 3),
+    (1, 2, 30, 6),  # by that one and another which it may bring: 200 seconds
+    (1, 2, 100, 4),  # so many bring it, whatever they ask for
+])  # fmt: skip
+def test_what_is_accepted_goes_by_the_replicas_that_run(running: int, most: int, steps: int, taken: int) -> None:
+    async def main() -> int:
+        backend = FakeBackend()
+        backend.hold, backend.speed, backend.running = asyncio.Event(), 1.0, running
+        config = ServingConfig(adapter="/a", request_timeout_s=100.0, max_replicas=most, target_ongoing_requests=3)
+        async with client(backend, config) as http:
+            asked = [http.post(GENERATIONS, json={**GOOD, "num_inference_steps": steps}) for _ in range(10)]
+            tasks = [asyncio.create_task(one) for one in asked]
+            while sum(task.done() for task in tasks) + len(backend.jobs) < len(tasks):
+                await asyncio.sleep(0)
+            backend.hold.set()
+            return [(await task).status_code for task in tasks].count(200)
+
+    assert asyncio.run(main()) == taken
 
 
 def test_the_ingress_holds_no_more_requests_than_there_are_places() -> None:

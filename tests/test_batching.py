@@ -323,3 +323,7 @@ def test_step_times_are_measured_up_to_where_they_bring_something(
     assert list(seconds) == [1, 2]
     assert min(seconds.values()) > 0
     assert seen == [1] * 4 + [2] * 4
+    monkeypatch.setattr("serving.batcher.GAIN", 99.0)
+    seen.clear()
+    assert list(step_seconds(engine, ONLY, 16)) == [1, 2]
+    assert seen == 2 * ([1] * 4 + [2] * 4)  # again, before it is believed

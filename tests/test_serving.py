@@ -147,11 +147,16 @@ def test_adapters_come_and_go_without_a_restart(
     Adapter.from_pretrained(adapter_folder).save_pretrained(more_adapters / "other")  # replaced: by a copy of ours
     again = pictures(generate(server, model="other", **fields))
     assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(one[0]))) for one in (again, own)))
-    (more_adapters / "other" / WEIGHTS).write_bytes(b"damaged")
-    (more_adapters / "other" / "SHA256SUMS").write_text("changed\n")
-    damaged = generate(server, model="other", **fields)
-    assert (damaged.status_code, damaged.json()["error"]["code"]) == (503, "model_unavailable")
-    shutil.rmtree(more_adapters / "other")
+    torn = shutil.copytree(more_adapters / "other", more_adapters / "torn") / WEIGHTS
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:-1] + b"?")
+    damaged = [generate(server, model="torn", **fields) for _ in range(2)]
+    assert [(one.status_code, one.json()["error"]["code"]) for one in damaged] == 2 * [(503, "model_unavailable")]
+    assert [one.headers["x-should-retry"] for one in damaged] == ["false", "false"]
+    torn.write_bytes(whole)  # copied again
+    assert generate(server, model="torn", **fields).status_code == 200
+    for name in ("other", "torn"):
+        shutil.rmtree(more_adapters / name)
     assert generate(server, model="other", **fields).status_code == 404
 
 
@@ -180,6 +185,7 @@ def test_errors_come_as_openais_object(server: httpx.Client) -> None:
         (413, server.post(path, content=b"x" * 2_000_001, headers=headers)),
         (404, generate(server, model="other")),
     ]
+    assert answers[4][1].json()["error"]["message"].startswith("image is damaged: ")
     for status, answer in answers:
         assert answer.status_code == status, answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -17,6 +17,9 @@ def test_arguments_of_the_command_line_become_typed_settings() -> None:
     assert (config.adapter, config.num_cpus, config.max_replicas, config.limits.max_n) == ("/runs/7", 0.5, 3, 2)
     assert (config.model, config.num_threads, config.max_requests) == ("123", None, 64)
     assert dataclasses.replace(config, ingress_replicas=3).max_requests == 22  # each of them holds its share
+    assert config.device_and_dtype == ("cpu", "float32")
+    assert dataclasses.replace(config, num_gpus=1).device_and_dtype == ("cuda", "bfloat16")
+    assert dataclasses.replace(config, num_gpus=0.5, dtype="float16").device_and_dtype == ("cuda", "float16")
     typed = from_args({"adapter": "/runs/7", "num_cpus": 0.5, "base": None, "limits": {"max_n": 1}})
     assert (typed.num_cpus, typed.base, typed.limits.max_n, typed.limits.max_side) == (0.5, None, 1, 1024)
 

@@ -8,7 +8,7 @@ import io
 import pytest
 from PIL import Image, ImageOps
 
-from serving.pictures import BadPicture, read_picture, read_recipe, write_picture
+from serving.pictures import BadPicture, check_picture, read_picture, read_recipe, write_picture
 from tests.asking import (
     picture,
 )
@@ -43,6 +43,14 @@ def upright(image: Image.Image, exif: Image.Exif) -> Image.Image:
     image = image.copy()
     image.getexif().update(exif)
     return ImageOps.exif_transpose(image)
+
+
+def test_exif_in_thousands_of_parts_is_refused_at_once() -> None:
+    part = b"\xff\xe1\x00\x14Exif\0\0" + bytes(12)
+    data = picture("JPEG")
+    with pytest.raises(BadPicture, match="too many parts"):
+        check_picture(data[:2] + 300_000 * part + data[2:], 10_000)
+    check_picture(data[:2] + 100 * part + data[2:], 10_000)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])

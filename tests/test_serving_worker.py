@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from serving.adapters import Served
 from serving.config import ServingConfig
 from serving.engine import Engine, Slot
 from serving.job import Job, Picture, SamplerStopped, Started
-from serving.pictures import BadPicture, read_recipe
+from serving.pictures import BadPicture, read_picture, read_recipe
 from serving.recipe import Recipe
 from serving.replica import SketchReplica
 from serving.worker import Worker
@@ -79,7 +80,15 @@ def test_a_reference_that_is_damaged_is_its_own_jobs_fault(engine: Engine) -> No
     assert len(asyncio.run(main())) == 2
 
 
-def test_no_pixels_of_a_reference_are_held_while_it_is_drawn(engine: Engine) -> None:
+def test_no_pixels_of_a_reference_are_held_beyond_those_that_are_seen(engine: Engine) -> None:
+    job = Job(recipe=recipe(), reference=asking.picture(size=(2000, 1000)))
+    small, sha256 = Worker(engine, "m")._with_reference(job)
+    whole = dataclasses.replace(job.recipe, reference=read_picture(job.reference))  # type: ignore[arg-type]
+    assert small.reference is not None
+    assert small.reference.size == 2 * (engine.backbone.image_encoder.config.image_size,)
+    assert sha256 == whole.reference_sha256
+    seen, all_of_it = (engine.backbone.encode_image([one.reference]) for one in (small, whole))  # type: ignore[list-item]
+    assert torch.equal(seen, all_of_it)
     slot = engine.slot(recipe(reference=Image.new("RGB", (80, 80), "white")))
     assert slot.recipe.reference is None
     assert slot.rows[1][1] is not None  # what the layers attend to

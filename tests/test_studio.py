@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save
 
 from factory.files import seal
 from serving.config import ServingConfig
@@ -268,7 +269,7 @@ def test_what_goes_wrong_is_told_in_words(visit: Any, tmp_path: Path) -> None:
     )
     for path in (gone, own):
         path.mkdir()
-        (path / "ip_adapter.safetensors").write_bytes(b"")
+        (path / "ip_adapter.safetensors").write_bytes(save({"a": np.zeros(1)}))
         (path / "config.json").write_text("{}")
         seal(path)
     keys: Any = {hashlib.sha256(b"right").hexdigest()}  # is cleared further down

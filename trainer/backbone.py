@@ -114,14 +114,14 @@ class Backbone:
         The whole picture is resized to the encoder's square, aspect not kept, so that nothing is cut off: the stock
         processor crops the centre (the IP-Adapter README advises this too). For a square picture both are the same.
         """
-        side = self.image_encoder.config.image_size
-        pixels = self.image_processor(
-            [image.convert("RGB") for image in images],
-            size={"height": side, "width": side},
-            do_center_crop=False,
-            return_tensors="pt",
-        ).pixel_values
+        squares = [self.squeeze(image) for image in images]
+        pixels = self.image_processor(squares, do_resize=False, do_center_crop=False, return_tensors="pt").pixel_values
         return self.encode_pixels(pixels)
+
+    def squeeze(self, image: Image.Image) -> Image.Image:
+        """Return all of a picture, RGB, in the image encoder's square: what `encode_image` sees of it. Pillow alone."""
+        side = self.image_encoder.config.image_size
+        return image.convert("RGB").resize((side, side), Image.Resampling(self.image_processor.resample))
 
     @torch.no_grad()
     def encode_image_null(self, batch: int) -> Tensor:
