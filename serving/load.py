@@ -45,7 +45,7 @@ class Tally:
     refused: list[float] = field(default_factory=list)
     left: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by what
-    said: dict[str, str] = field(default_factory=dict)  # of each what, the server's words to the first one
+    said: dict[str, str] = field(default_factory=dict)  # of each what, the words that came with the first one
     in_progress: list[float] = field(default_factory=list)  # requests that the server held, seen each second
     # what the server counted meanwhile: steps of finished pictures, the denoising steps that drew them, their seconds
     counted: dict[str, float] = field(default_factory=dict)
@@ -115,6 +115,7 @@ async def _ask(http: httpx.AsyncClient, body: dict[str, Any], at: float, leaves:
         return
     except httpx.HTTPError as error:
         tally.failed[type(error).__name__] += 1
+        tally.said.setdefault(type(error).__name__, str(error))
         return
     seconds = time.monotonic() - begun
     if reply.status_code == 200:
