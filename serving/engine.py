@@ -220,7 +220,7 @@ class Engine:
         latents = slot.x0 if slot.timesteps and slot.x0 is not None else slot.latents
         pixels_13HW = self.backbone.decode(latents)
         if not bool(torch.isfinite(pixels_13HW).all()):
-            raise ArithmeticError("Sampling gave NaN or infinity: the adapter holds some, or float16 is too small a dtype.")
+            raise ArithmeticError("Sampling gave NaN or infinity: the adapter holds some, or float16 overflows.")
         return Image.fromarray(pixels_to_image(pixels_13HW)[0])
 
     @property
