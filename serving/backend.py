@@ -23,7 +23,8 @@ from serving.pictures import BadPicture
 from serving.protocol import ApiError, Busy
 
 log = logging.getLogger("ray.serve")
-STATUS_S = 2.0  # how long an answer of Serve's controller is good for
+STATUS_S = 2.0  # how long an answer of Serve's controller is good for, where somebody asks how things are
+REPLICAS_S = 15.0  # and where it is for the number of replicas: asking takes tens of milliseconds from other requests
 ASKED_S, KNOWN_S = 5.0, 0.5  # how long one is waited for, and where the last one will do
 KEPT_S = 60.0  # how long the last one is told while none comes: replicas go on without their controller
 AGAIN = {"Retry-After": "5"}  # with answers of 503: another replica is there by then
@@ -42,7 +43,7 @@ class ServeBackend:
         self._trouble: str | None = None
         self._told: tuple[str | None, str] = (None, "")  # in the log, at last
         self._seen = -math.inf  # when both were
-        self._again = -math.inf  # when to ask again
+        self._looked_at = -math.inf  # when they were asked for
         self._looking: asyncio.Task[None] | None = None
 
     async def facts(self) -> Facts:
@@ -67,20 +68,19 @@ class ServeBackend:
 
     async def trouble(self) -> str | None:
         """Return why jobs can't run now: no replica runs, or nobody knows."""
-        looking, known = self._look(), time.monotonic() - self._seen < KEPT_S
+        looking, known = self._look(STATUS_S), time.monotonic() - self._seen < KEPT_S
         if looking and not looking.done():
             await asyncio.wait((looking,), timeout=KNOWN_S if known else ASKED_S)
         return self._trouble if time.monotonic() - self._seen < KEPT_S else "Serve's controller does not answer."
 
     def replicas(self) -> int:
-        """Return how many replicas ran when last looked, and look again where that is a while ago."""
-        self._look()
+        """Return how many replicas ran when last looked: jobs and /health do so."""
         return self._running
 
-    def _look(self) -> asyncio.Task[None] | None:
-        """Ask Serve's controller unless it was asked just now; once at a time, since it may hold a thread."""
-        if (self._looking is None or self._looking.done()) and time.monotonic() >= self._again:
-            self._again = time.monotonic() + STATUS_S
+    def _look(self, after_s: float) -> asyncio.Task[None] | None:
+        """Ask Serve's controller unless it was within `after_s`; once at a time, since it may hold a thread."""
+        if (self._looking is None or self._looking.done()) and time.monotonic() >= self._looked_at + after_s:
+            self._looked_at = time.monotonic()
             self._looking = asyncio.create_task(self._ask_controller())
         return self._looking
 
@@ -107,6 +107,7 @@ class ServeBackend:
         """Yield the events of a job; closing this cancels it in its replica."""
         asked: Any = {"stream": True} | ({"multiplexed_model_id": job.adapter.id} if job.adapter else {})
         response = cast(DeploymentResponseGenerator, self._replicas.options(**asked).generate.remote(job))
+        self._look(REPLICAS_S)
         unfinished = job.recipe.n
         try:
             with _told():
