@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,8 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
-
-import psutil
 
 from factory import store, tasks, worker
 
@@ -96,16 +95,20 @@ def _before_the_ledger() -> Any:
 def _the_decoder_after_its_first_row(times: int = 1000) -> Any:
     run, left = worker.run_killable, [times]
 
-    def run_and_kill(*args: Any, **more: Any) -> Iterator[Any]:
-        for row in run(*args, **more):
-            yield row
-            for child in psutil.Process().children() if left[0] else ():
-                with contextlib.suppress(psutil.NoSuchProcess):  # the prober's, which ends meanwhile
-                    if "factory.worker" in child.cmdline():
-                        left[0] -= 1
-                        child.kill()
+    def run_killed(function: str, *args: Any, **limits: Any) -> Iterator[Any]:
+        if not left[0]:
+            return run(function, *args, **limits)
+        left[0] -= 1
+        return run(f"{__name__}:_killed_after_its_first_row", function, *args, **limits)
 
-    return mock.patch.object(worker, "run_killable", run_and_kill)
+    return mock.patch.object(worker, "run_killable", run_killed)
+
+
+def _killed_after_its_first_row(function: str, *args: Any) -> Iterator[Any]:
+    module, _, name = function.partition(":")
+    for row in getattr(importlib.import_module(module), name)(*args):
+        yield row
+        die()
 
 
 def _at_the_first_row() -> Any:
