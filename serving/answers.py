@@ -147,7 +147,7 @@ class Answers:
             await holder.aclose()
 
     def _look_for_place(self) -> None:
-        if self._metrics.active >= self._config.max_requests:
+        if self._metrics.active >= self._config.max_requests or self._metrics.full:
             raise Busy
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from serving.job import Facts, Job, Picture
 from serving.protocol import ApiError, Busy
 
+FULL = 0.9  # of what can be done in time: behind more than that, one refusal holds for all until a job ends
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # bounds of the histograms
 
 
@@ -21,6 +22,7 @@ class Metrics:
     def __init__(self, routes: tuple[str, ...]) -> None:
         """`routes` are counted by name, every other path as "other": names can't be made up from outside."""
         self.active = 0
+        self.full = False  # no need to read what a request asks for
         self._routes = routes
         self._owed, self._speed = 0.0, 0.0  # steps of a picture; and of them, what a replica takes in a second
         self.registry = CollectorRegistry()
@@ -50,14 +52,16 @@ class Metrics:
         area = math.prod(recipe.size or facts.native_size) / (width * height)
         steps = recipe.n * recipe.num_inference_steps * area
         self._speed = facts.steps_per_second
-        late = self._owed + steps > most_s * self._speed * replicas > 0
-        if late and self._owed and self.active > few:
+        most = most_s * self._speed * replicas
+        if self._owed + steps > most > 0 and self._owed and self.active > few:
+            self.full = self._owed > FULL * most
             raise Busy
         self._owed += steps
         try:
             yield
         finally:
             self._owed -= steps
+            self.full = False
 
     def drained_in(self, replicas: float) -> int | None:
         """Return the seconds in which what is under way will be done, 1 at least; None where nobody knows."""

@@ -22,6 +22,7 @@ from tests.asking import (
     EDITS,
     GENERATIONS,
     GOOD,
+    JSON,
     FakeBackend,
     ask,
     check_error,
@@ -148,6 +149,24 @@ def test_what_would_not_be_done_in_time_is_refused_before_it_is_begun() -> None:
             ]
 
     assert asyncio.run(main()) == [200, 429, 200]
+
+
+@pytest.mark.parametrize(("under_way", "read"), [(60, True), (95, False)])  # of 100 seconds that can be waited
+def test_behind_a_full_line_no_body_is_read_until_a_job_ends(under_way: int, read: bool) -> None:
+    async def main() -> list[int]:
+        backend = FakeBackend()
+        backend.hold, backend.speed = asyncio.Event(), 1.0
+        async with client(backend, ServingConfig(adapter="/a", request_timeout_s=100.0)) as http:
+            first = asyncio.create_task(http.post(GENERATIONS, json={**GOOD, "num_inference_steps": under_way}))
+            while not backend.jobs:
+                await asyncio.sleep(0)
+            large = await http.post(GENERATIONS, json={**GOOD, "num_inference_steps": 50})
+            malformed = await http.post(GENERATIONS, content=b"{", headers=JSON)
+            backend.hold.set()
+            after = await first, await http.post(GENERATIONS, content=b"{", headers=JSON)
+            return [response.status_code for response in (large, malformed, *after)]
+
+    assert asyncio.run(main()) == [429, 400 if read else 429, 200, 400]
 
 
 @pytest.mark.parametrize(("running", "most", "steps", "taken"), [

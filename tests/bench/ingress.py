@@ -1,11 +1,13 @@
 """What the way through the server costs: the time of a request over HTTP, less the time that its engine is at work.
 
-The peer is Serve itself: an application whose ingress asks a replica that does nothing, and answers as many bytes.
+The peer is Serve itself: an ingress that asks a replica which draws the same by the bare engine, and answers as many
+bytes; and once more without anything to draw. Requests come one after the other, of each kind in turn.
 Serve's own switches (RAY_SERVE_…) of the environment are those of all its processes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -18,6 +20,7 @@ from typing import Any
 
 import httpx
 import ray
+import torch
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -25,13 +28,16 @@ from starlette.responses import JSONResponse
 from cluster.local import free_ports
 from serving.app import SketchIngress
 from serving.config import ServingConfig, from_args
+from serving.recipe import Recipe
 from serving.replica import REPLICA, SketchReplica
+from serving.warmup import warm_engine
 from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO
 
 REPO = Path(__file__).parents[2]
 PATH = "/v1/images/generations"
+PROMPT = "a girl with long hair, line art"
 REQUESTS, STEPS = 60, 4
 
 
@@ -59,12 +65,23 @@ class TimedReplica(SketchReplica.func_or_class):  # type: ignore[misc, name-defi
         return self._seconds
 
 
-class Idle:
-    """A replica without an engine."""
+class Bare:
+    """A replica that draws by the engine alone."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        torch.set_num_threads(1)
+        self._engine, self._seconds = warm_engine(config)[0], 0.0
+
+    async def draw(self, steps: int) -> None:
+        """Draw a picture; nothing with no steps."""
+        begun = time.perf_counter()
+        if steps:
+            await asyncio.to_thread(self._engine.infer, Recipe(prompt=PROMPT, num_inference_steps=steps))
+            self._seconds += time.perf_counter() - begun
 
     async def seconds(self) -> float:
         """Return the seconds at work so far."""
-        return 0.0
+        return self._seconds
 
 
 class Asks:
@@ -75,8 +92,7 @@ class Asks:
 
     async def __call__(self, http: Request) -> JSONResponse:
         """Answer a request once its body is read and the replica has answered."""
-        await http.body()
-        await self._replica.seconds.remote()
+        await self._replica.draw.remote((await http.json())["num_inference_steps"])
         return JSONResponse({"data": self._answer})
 
 
@@ -85,8 +101,8 @@ def ingress() -> Iterator[str]:
     file = io.BytesIO()
     sketch().save(file, "PNG")
     picture = base64.b64encode(file.getvalue()).decode()
-    plain = {"prompt": "a girl with long hair, line art", "num_inference_steps": STEPS}
-    yield f"{REQUESTS} requests of {STEPS} steps, one after the other; milliseconds."
+    plain = {"prompt": PROMPT, "num_inference_steps": STEPS}
+    yield f"{REQUESTS} requests of {STEPS} steps a row; milliseconds."
     yield ""
     yield "| request | whole | engine | overhead: median | 95 % within |"
     yield "|---|---|---|---|---|"
@@ -104,28 +120,46 @@ def ingress() -> Iterator[str]:
             replica = serve.deployment(TimedReplica, name=REPLICA).bind(config)
             serve.run(SketchIngress.bind(config, replica), name="bench", route_prefix="/")
             engine = serve.get_deployment_handle(REPLICA, "bench")
-            idle = {"ray_actor_options": {"num_cpus": 0}}
+            bare = serve.deployment(Bare, ray_actor_options={"num_cpus": 0}).bind(config)
+            asks = serve.deployment(Asks, ray_actor_options={"num_cpus": 0})
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 answer = client.post(PATH, json=plain).raise_for_status().text
-                nothing = serve.deployment(Idle, **idle).bind()
-                serve.run(serve.deployment(Asks, **idle).bind(nothing, answer), name="peer", route_prefix="/peer")
-                yield row("Serve alone", client, serve.get_deployment_handle("Idle", "peer"), "/peer", plain)
-                yield row("a prompt", client, engine, PATH, plain)
-                yield row("a prompt and a sketch", client, engine, PATH, {**plain, "image": picture})
+                serve.run(asks.bind(bare, answer), name="peer", route_prefix="/peer")
+                alone = serve.get_deployment_handle("Bare", "peer")
+                rows = [
+                    Row("Serve alone, nothing drawn", alone, "/peer", {**plain, "num_inference_steps": 0}),
+                    Row("Serve alone", alone, "/peer", plain),
+                    Row("a prompt", engine, PATH, plain),
+                    Row("a prompt and a sketch", engine, PATH, {**plain, "image": picture}),
+                ]
+                for seed in range(REQUESTS + 5):
+                    for row in rows:
+                        row.ask(client, seed)
+                yield from (row.text() for row in rows)
         finally:
             serve.shutdown()
             ray.shutdown()
 
 
-def row(title: str, client: httpx.Client, engine: Any, path: str, body: dict[str, Any]) -> str:
-    """Return a row of the table."""
-    whole, inside = [], []
-    for seed in range(REQUESTS + 5):
-        before = engine.seconds.remote().result()
+class Row:
+    """One kind of request, and what it took."""
+
+    def __init__(self, title: str, engine: Any, path: str, body: dict[str, Any]) -> None:
+        self._title, self._engine, self._path, self._body = title, engine, path, body
+        self._whole: list[float] = []
+        self._inside: list[float] = []
+
+    def ask(self, client: httpx.Client, seed: int) -> None:
+        """Send one more."""
+        before = self._engine.seconds.remote().result()
         begun = time.perf_counter()
-        client.post(path, json={**body, "seed": seed}).raise_for_status()
-        whole.append(1000 * (time.perf_counter() - begun))
-        inside.append(1000 * (engine.seconds.remote().result() - before))
-    over = sorted(a - b for a, b in zip(whole[5:], inside[5:], strict=True))
-    found = statistics.median(whole[5:]), statistics.median(inside[5:]), statistics.median(over)
-    return f"| {title} | {' | '.join(f'{value:.1f}' for value in (*found, over[int(0.95 * len(over))]))} |"
+        client.post(self._path, json={**self._body, "seed": seed}).raise_for_status()
+        self._whole.append(1000 * (time.perf_counter() - begun))
+        self._inside.append(1000 * (self._engine.seconds.remote().result() - before))
+
+    def text(self) -> str:
+        """Return the row of the table, without the first five requests."""
+        whole, inside = self._whole[5:], self._inside[5:]
+        over = sorted(a - b for a, b in zip(whole, inside, strict=True))
+        found = statistics.median(whole), statistics.median(inside), statistics.median(over)
+        return f"| {self._title} | {' | '.join(f'{value:.1f}' for value in (*found, over[int(0.95 * len(over))]))} |"
