@@ -107,7 +107,8 @@ class Answers:
         holder = contextlib.AsyncExitStack()
         started = time.monotonic()
         try:
-            self._look_for_place()  # before a byte of the body is read; it is not kept for who sends it slowly
+            if self._no_place() or self._metrics.full(*self._bounds()):
+                raise Busy  # before a byte of the body is read; a place is not kept for who sends it slowly
             holder.enter_context(self._rates.held(getattr(http.state, "key", None)))
             async with asyncio.timeout(self._config.request_timeout_s):
                 facts = await self.facts()
@@ -146,14 +147,14 @@ class Answers:
         finally:
             await holder.aclose()
 
-    def _look_for_place(self) -> None:
-        if self._metrics.active >= self._config.max_requests or self._metrics.full:
-            raise Busy
+    def _no_place(self) -> bool:
+        return self._metrics.active >= self._config.max_requests
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
         """Hold one of the places."""
-        self._look_for_place()
+        if self._no_place():
+            raise Busy
         self._metrics.active += 1
         self._metrics.in_progress.set(self._metrics.active)
         try:

@@ -169,6 +169,25 @@ def test_behind_a_full_line_no_body_is_read_until_a_job_ends(under_way: int, rea
     assert asyncio.run(main()) == [429, 400 if read else 429, 200, 400]
 
 
+def test_a_line_is_full_no_longer_once_more_replicas_run() -> None:
+    async def main() -> list[int]:
+        backend = FakeBackend()
+        backend.hold, backend.speed = asyncio.Event(), 1.0
+        async with client(backend, ServingConfig(adapter="/a", request_timeout_s=100.0, max_replicas=1)) as http:
+            first = asyncio.create_task(http.post(GENERATIONS, json={**GOOD, "num_inference_steps": 95}))
+            while not backend.jobs:
+                await asyncio.sleep(0)
+            statuses = [(await http.post(GENERATIONS, json=GOOD)).status_code]
+            backend.running = 2
+            second = asyncio.create_task(http.post(GENERATIONS, json=GOOD))
+            while len(backend.jobs) < 2:
+                await asyncio.sleep(0)
+            backend.hold.set()
+            return [*statuses, (await first).status_code, (await second).status_code]
+
+    assert asyncio.run(main()) == [429, 200, 200]
+
+
 @pytest.mark.parametrize(("running", "most", "steps", "taken"), [
     (1, 1, 60, 1),  # of 100 seconds, by one replica
     (2, 2, 60, 3),

@@ -26,6 +26,7 @@ from trainer.base import MICRO
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("one_thread")]
 TRIAL_S, OVERLOAD_S = 25, 60
+LATE_S = 0.05  # of a refusal
 KEYS = ("p50", "p99", "max")
 
 
@@ -63,12 +64,16 @@ def test_ten_times_what_it_can_do(server: httpx.Client) -> None:
     rows += [["memory of the replica, and of the ingress", ", ".join(f"{share:+.1%}" for share in grown)]]
     rows += [["from the last request sent until one is not refused", f"{again:.2f} s"]]
     rows += [["a request of 35 steps, alone, right after", f"{after:.2f} s"]]
-    note = "Memory: the last ten seconds against seconds 20 to 30."
+    met = "met" if refused["max"] < LATE_S else "NOT met"
+    note = (
+        "Memory: the last ten seconds against seconds 20 to 30. Refusals within 50 ms are asked for: "
+        f"{met} (see serving-speed.md)."
+    )
     write_table("overload", f"Overload: ten times the peak for {OVERLOAD_S} s", ["", ""], rows, note)
     print(rows)
     assert not found["failed"]
     assert found["goodput"] > 0.9 * peak
-    assert refused["p99"] < 0.05
+    assert refused["p99"] < LATE_S
     assert max(grown) < 0.03
     assert again < 1.5 * alone
     assert after < 1.5 * alone

@@ -23,7 +23,7 @@ import ray
 import torch
 from ray import serve
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from cluster.local import free_ports
 from serving.app import SketchIngress
@@ -68,16 +68,20 @@ class TimedReplica(SketchReplica.func_or_class):  # type: ignore[misc, name-defi
 class Bare:
     """A replica that draws by the engine alone."""
 
-    def __init__(self, config: ServingConfig) -> None:
+    def __init__(self, config: ServingConfig, answer: bytes) -> None:
         torch.set_num_threads(1)
-        self._engine, self._seconds = warm_engine(config)[0], 0.0
+        self._engine, self._answer, self._seconds = warm_engine(config)[0], answer, 0.0
 
-    async def draw(self, steps: int) -> None:
-        """Draw a picture; nothing with no steps."""
-        begun = time.perf_counter()
+    async def draw(self, steps: int) -> bytes:
+        """Draw a picture, or nothing with no steps; return bytes as many as there are in an answer."""
         if steps:
-            await asyncio.to_thread(self._engine.infer, Recipe(prompt=PROMPT, num_inference_steps=steps))
-            self._seconds += time.perf_counter() - begun
+            await asyncio.to_thread(self._draw, Recipe(prompt=PROMPT, num_inference_steps=steps))
+        return self._answer
+
+    def _draw(self, recipe: Recipe) -> None:
+        begun = time.perf_counter()
+        self._engine.infer(recipe)
+        self._seconds += time.perf_counter() - begun
 
     async def seconds(self) -> float:
         """Return the seconds at work so far."""
@@ -87,13 +91,13 @@ class Bare:
 class Asks:
     """An ingress that asks such a replica."""
 
-    def __init__(self, replica: Any, answer: str) -> None:
-        self._replica, self._answer = replica, answer
+    def __init__(self, replica: Any) -> None:
+        self._replica = replica
 
-    async def __call__(self, http: Request) -> JSONResponse:
+    async def __call__(self, http: Request) -> Response:
         """Answer a request once its body is read and the replica has answered."""
-        await self._replica.draw.remote((await http.json())["num_inference_steps"])
-        return JSONResponse({"data": self._answer})
+        answer = await self._replica.draw.remote((await http.json())["num_inference_steps"])
+        return Response(answer, media_type="application/json")
 
 
 def ingress() -> Iterator[str]:
@@ -120,11 +124,11 @@ def ingress() -> Iterator[str]:
             replica = serve.deployment(TimedReplica, name=REPLICA).bind(config)
             serve.run(SketchIngress.bind(config, replica), name="bench", route_prefix="/")
             engine = serve.get_deployment_handle(REPLICA, "bench")
-            bare = serve.deployment(Bare, ray_actor_options={"num_cpus": 0}).bind(config)
-            asks = serve.deployment(Asks, ray_actor_options={"num_cpus": 0})
+            idle: Any = {"ray_actor_options": {"num_cpus": 0}}
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                answer = client.post(PATH, json=plain).raise_for_status().text
-                serve.run(asks.bind(bare, answer), name="peer", route_prefix="/peer")
+                answer = client.post(PATH, json=plain).raise_for_status().content
+                bare = serve.deployment(Bare, **idle).bind(config, answer)
+                serve.run(serve.deployment(Asks, **idle).bind(bare), name="peer", route_prefix="/peer")
                 alone = serve.get_deployment_handle("Bare", "peer")
                 rows = [
                     Row("Serve alone, nothing drawn", alone, "/peer", {**plain, "num_inference_steps": 0}),
@@ -133,7 +137,8 @@ def ingress() -> Iterator[str]:
                     Row("a prompt and a sketch", engine, PATH, {**plain, "image": picture}),
                 ]
                 for seed in range(REQUESTS + 5):
-                    for row in rows:
+                    first = seed % len(rows)
+                    for row in rows[first:] + rows[:first]:
                         row.ask(client, seed)
                 yield from (row.text() for row in rows)
         finally:
