@@ -125,7 +125,7 @@ def test_storms_of_clients_that_leave(one: httpx.Client, table: list[list[object
     ((_, replica),) = processes("soak", REPLICA).items()
     ((_, ingress),) = processes("soak", INGRESS).items()
     alone = statistics.median(seconds_of(one) for _ in range(5))
-    asyncio.run(storm(str(one.base_url), STORM_S / 2))  # what is allocated once is, afterwards
+    asyncio.run(storm(str(one.base_url), STORM_S))  # what is allocated once is, afterwards
     before = [memory_mb(process) for process in (replica, ingress)]
     left = asyncio.run(storm(str(one.base_url), STORM_S))
     after = [seconds_of(one) for _ in range(3)]
