@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from serving.job import Facts, Job, Picture
 from serving.protocol import ApiError, Busy
 
-FULL = 0.9  # of what can be done in time: behind more than that, one refusal holds for all until a job ends
+FULL = 0.9  # of what can be done in time: behind more than that, no request is read
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # bounds of the histograms
 
 
@@ -22,7 +22,6 @@ class Metrics:
     def __init__(self, routes: tuple[str, ...]) -> None:
         """`routes` are counted by name, every other path as "other": names can't be made up from outside."""
         self.active = 0
-        self._refused = False  # somebody, since the last job ended
         self._routes = routes
         self._owed, self._speed = 0.0, 0.0  # steps of a picture; and of them, what a replica takes in a second
         self.registry = CollectorRegistry()
@@ -54,19 +53,16 @@ class Metrics:
         self._speed = facts.steps_per_second
         most = most_s * self._speed * replicas
         if self._owed + steps > most > 0 and self._owed and self.active > few:
-            self._refused = True
             raise Busy
         self._owed += steps
         try:
             yield
         finally:
             self._owed -= steps
-            self._refused = False
 
     def full(self, replicas: float, most_s: float, few: float) -> bool:
-        """Return whether one more would be refused, whatever it asks for or nearly; bounds as for `owed`."""
-        most = most_s * self._speed * replicas
-        return self._refused and self._owed > FULL * most and self.active + 1 > few
+        """Return whether hardly anything would be done in time behind what is under way; bounds as for `owed`."""
+        return 0 < FULL * most_s * self._speed * replicas < self._owed and self.active + 1 > few
 
     def drained_in(self, replicas: float) -> int | None:
         """Return the seconds in which what is under way will be done, 1 at least; None where nobody knows."""

@@ -1,12 +1,14 @@
 """How many requests a second a replica takes with short waits: ours, and Ray Serve's batching over the same sampler.
 
-Requests of mixed steps and sizes come at random (Poisson), the same ones at the same times on both sides. The capacity
-is the highest rate at which 95 of 100 are answered within three times what they take alone.
+Requests of mixed steps and sizes come at random (Poisson), the same ones at the same moments on both sides, each of
+which computes in one thread: how fast the machine is just then touches both. The capacity is the highest rate at which
+95 of 100 are answered within three times what they take alone: one after the other, the other side at work likewise.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import time
@@ -29,10 +31,11 @@ from tests.bench.sampling import new_adapter, sketch
 from trainer.backbone import load_backbone
 from trainer.base import MICRO
 
-REQUESTS = 60  # of a trial
-LONGEST, GROWTH = 3.0, 1.3  # times the unloaded time; a rate to the next
-FIRST = {"ours": 0.6, "@serve.batch": 0.35}  # load of the first trial, near what it comes to
+REQUESTS = 80  # of a trial
+LONGEST = 3.0  # times the unloaded time
+FIRST, GROWTH = 0.33, 1.3  # load of the first trial, near what the peer takes; a rate to the next
 WAIT_S = 0.05  # of the peer, for a batch to fill up: it pays that alone too
+Seen = dict[str, tuple[float, float]]  # by side: 95 of 100 within so many times their own time, and the mean time
 REPLICA = {
     "max_ongoing_requests": 1000,
     "ray_actor_options": {"num_cpus": 1},
@@ -44,7 +47,7 @@ class Counting:
     """An engine on the micro base that counts the pictures of its steps."""
 
     def __init__(self) -> None:
-        torch.set_num_threads(2)  # the replicas are at work in turn
+        torch.set_num_threads(1)  # both replicas are at work at the same time
         self.engine, self.seconds = in_own_thread(_warm_engine)
         self.counts: list[int] = []
         step = self.engine.step
@@ -110,59 +113,49 @@ def capacity() -> Iterator[str]:
             name: serve.run(deployment.bind(), name=deployment.name, route_prefix=None)
             for name, deployment in (("ours", Ours), ("@serve.batch", Batched))
         }
-        alone = asyncio.run(unloaded(sides["ours"]))
         for name, side in sides.items():
             seconds, _ = side.told.remote().result()
             measured = ", ".join(f"{count}: {taken:.4f}" for count, taken in seconds.items())
-            yield f"Seconds of a step by pictures in it, {name}: {measured}; ours takes {best_cap(seconds)} at most."
+            yield f"Seconds of a step by pictures in it, {name}: {measured}; {best_cap(seconds)} are worth it."
             yield ""
-        yield f"Alone, the {REQUESTS} requests take {alone.mean():.3f} s ({alone.min():.3f} to {alone.max():.3f})."
-        yield ""
+        alone = asyncio.run(unloaded(sides))
+        for name, times in alone.items():
+            spread = f"{times.min():.3f} to {times.max():.3f}"
+            yield f"Alone, {name}: the {REQUESTS} requests take {times.mean():.3f} s ({spread})."
+            yield ""
         yield "| side | requests/s | 95 % within, times its own alone | times the mean | median | pictures a step |"
         yield "|---|---|---|---|---|---|"
-        capacities = []
-        for name, side in sides.items():
-            trials = Trials(name, side, alone + (WAIT_S if name == "@serve.batch" else 0.0))
-            own = yield from trials.highest(0)
-            capacities.append((own, (yield from trials.highest(1))))
+        lowest = highest = FIRST / alone["ours"].mean()
+        found = {lowest: (yield from _rows(sides, alone, lowest))}
+        while max(itertools.chain(*found[lowest].values())) > LONGEST:  # until both hold
+            lowest /= GROWTH
+            found[lowest] = yield from _rows(sides, alone, lowest)
+        while min(itertools.chain(*found[highest].values())) <= LONGEST:  # until neither does
+            highest *= GROWTH
+            found[highest] = yield from _rows(sides, alone, highest)
         yield ""
-        for what, ours, peers in zip(("its own time", "the mean time"), *capacities, strict=True):
+        for measure, what in enumerate(("its own time", "the mean time")):
+            ours, peers = (_highest({rate: seen[name][measure] for rate, seen in found.items()}) for name in sides)
             yield f"Capacity, of {what} alone: {ours:.3f} against {peers:.3f} requests/s, {ours / peers:.2f} times."
         serve.shutdown()
 
 
-class Trials:
-    """Trials of one side, at rates that are GROWTH apart."""
+def _rows(sides: dict[str, DeploymentHandle], alone: dict[str, np.ndarray], rate: float) -> Generator[str, None, Seen]:
+    """Yield a row for each side, at the same rate; return what was seen."""
+    seen: Seen = {}
+    for name, (times, pictures) in asyncio.run(trial(sides, rate)).items():
+        ratios = times / alone[name]
+        own, mean = np.quantile(ratios, 0.95), np.quantile(times, 0.95) / alone[name].mean()
+        seen[name] = own, mean
+        yield f"| {name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {np.median(ratios):.2f} | {pictures:.2f} |"
+    return seen
 
-    def __init__(self, name: str, side: DeploymentHandle, alone: np.ndarray) -> None:
-        self._name, self._side, self._alone = name, side, alone
-        self._seen: dict[int, tuple[float, float]] = {}
 
-    def highest(self, measure: int) -> Generator[str, None, float]:
-        """Yield a row for each trial; return the rate at which a measure passes LONGEST.
-
-        Between neighbouring rates of which one holds and one does not, the measure is taken for a straight line.
-        """
-        k = 0
-        while (yield from self._times(k + 1))[measure] <= LONGEST:
-            k += 1
-        while (yield from self._times(k))[measure] > LONGEST:
-            k -= 1
-        holds, fails = (yield from self._times(k))[measure], (yield from self._times(k + 1))[measure]
-        return self._rate(k) + (self._rate(k + 1) - self._rate(k)) * (LONGEST - holds) / (fails - holds)
-
-    def _rate(self, k: int) -> float:
-        return FIRST[self._name] * GROWTH**k / self._alone.mean()
-
-    def _times(self, k: int) -> Generator[str, None, tuple[float, float]]:
-        """Return the times of 95 of 100 requests at a rate: of their own alone, and of the mean; a row if it is new."""
-        if k not in self._seen:
-            times, pictures = asyncio.run(trial(self._side, rate := self._rate(k)))
-            own, mean = np.quantile(times / self._alone, 0.95), np.quantile(times, 0.95) / self._alone.mean()
-            self._seen[k] = own, mean
-            middle = np.median(times / self._alone)
-            yield f"| {self._name} | {rate:.3f} | {own:.2f} | {mean:.2f} | {middle:.2f} | {pictures:.2f} |"
-        return self._seen[k]
+def _highest(times: dict[float, float]) -> float:
+    """Return the highest rate at which `times`, by rate, are within LONGEST, on a straight line to the next one."""
+    rates = sorted(times)
+    holds = max(k for k, rate in enumerate(rates) if times[rate] <= LONGEST)
+    return float(np.interp(LONGEST, [times[rate] for rate in rates[holds : holds + 2]], rates[holds : holds + 2]))
 
 
 def requests() -> list[Recipe]:
@@ -180,30 +173,35 @@ def requests() -> list[Recipe]:
     ]
 
 
-async def unloaded(side: DeploymentHandle) -> np.ndarray:
-    """Return the seconds of each request when it is alone."""
-    times, recipes = [], requests()
-    for recipe in (recipes[0], *recipes):
-        begun = time.perf_counter()
-        await side.draw.remote(recipe)
-        times.append(time.perf_counter() - begun)
-    return np.array(times[1:])
+async def unloaded(sides: dict[str, DeploymentHandle]) -> dict[str, np.ndarray]:
+    """Return the seconds of each request when it is alone on its side."""
+
+    async def one_by_one(side: DeploymentHandle) -> np.ndarray:
+        recipes = requests()
+        return np.array([await _draw(side, recipe) for recipe in (recipes[0], *recipes)][1:])
+
+    times = await asyncio.gather(*(one_by_one(side) for side in sides.values()))
+    return dict(zip(sides, times, strict=True))
 
 
-async def trial(side: DeploymentHandle, rate: float) -> tuple[np.ndarray, float]:
+async def trial(sides: dict[str, DeploymentHandle], rate: float) -> dict[str, tuple[np.ndarray, float]]:
     """Return the seconds of each request where `rate` of them come in a second, and the mean pictures in a step."""
-    rng, at, asked = random.Random(1), 0.0, []
-    await side.told.remote()
+    rng = random.Random(1)
+    moments = list(itertools.accumulate(rng.expovariate(rate) for _ in range(REQUESTS)))
 
-    async def ask(recipe: Recipe, after: float) -> float:
-        await asyncio.sleep(after)
-        begun = time.perf_counter()
-        await side.draw.remote(recipe)
-        return time.perf_counter() - begun
+    async def all_of(side: DeploymentHandle) -> tuple[np.ndarray, float]:
+        await side.told.remote()
+        asked = zip(requests(), moments, strict=True)
+        times = await asyncio.gather(*(_draw(side, recipe, after) for recipe, after in asked))
+        _, pictures = await side.told.remote()
+        return np.array(times), pictures
 
-    for recipe in requests():
-        at += rng.expovariate(rate)
-        asked.append(ask(recipe, at))
-    times = await asyncio.gather(*asked)
-    _, pictures = await side.told.remote()
-    return np.array(times), pictures
+    return dict(zip(sides, await asyncio.gather(*map(all_of, sides.values())), strict=True))
+
+
+async def _draw(side: DeploymentHandle, recipe: Recipe, after: float = 0.0) -> float:
+    """Return the seconds of a request that comes after so many."""
+    await asyncio.sleep(after)
+    begun = time.perf_counter()
+    await side.draw.remote(recipe)
+    return time.perf_counter() - begun
